@@ -1,0 +1,17 @@
+"""burnish: fused kernels for fine-tuning objectives, and the methods on top.
+
+Importing it touches no device, compiles nothing, reads no environment and imports neither
+transformers nor TRL; ``burnish.methods`` does.
+"""
+
+from . import objectives
+from .objectives import Objective, RowStats, objective
+from .ops.linear_loss import linear_loss
+from .ops.row_loss import implied_target, row_loss
+from .ops.teacher import Teacher
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Objective", "RowStats", "Teacher", "implied_target", "linear_loss", "objective", "objectives", "row_loss",
+]  # fmt: skip

@@ -1,0 +1,99 @@
+"""Token objectives: each a few lines of torch on row statistics.
+
+``burnish.objectives.get("target_sft", eta=0.5)`` makes one by name; ``names()`` lists them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from . import distill, qtarget
+from .base import STATISTICS, Objective, RowStats, objective
+from .distill import jsd, kd, kd_hybrid, on_policy_distillation, reverse_kl
+from .qtarget import (
+    asft,
+    beyond_log,
+    cft,
+    confidence_penalty,
+    deft,
+    dft,
+    eaft,
+    focal,
+    gce,
+    gem,
+    gift,
+    idft,
+    iw_sft,
+    label_smoothing,
+    mae,
+    nll,
+    poly,
+    prift,
+    profit,
+    psft,
+    rho1,
+    sft_kl,
+    talr,
+    target_sft,
+    unlikelihood,
+)
+
+_REGISTRY: dict[str, Callable[..., Objective]] = {
+    name: factory
+    for module in (qtarget, distill)
+    for name, factory in vars(module).items()
+    if not name.startswith("_") and inspect.isfunction(factory) and factory.__module__ == module.__name__
+}
+
+
+def names() -> list[str]:
+    """Names of all registered objectives, sorted."""
+    return sorted(_REGISTRY)
+
+
+def register(name: str, factory: Callable[..., Objective]) -> None:
+    """Add an objective of your own under a name, so that ``get`` and the command line find it.
+
+    Raises ValueError if the name is taken.
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"objective name {name!r} is taken")
+    _REGISTRY[name] = factory
+
+
+def get(name: str, **arguments) -> Objective:
+    """An objective by name.  ValueError for an unknown name or an argument it does not take."""
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown objective {name!r}; known: {', '.join(names())}")
+    factory = _REGISTRY[name]
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"objective {name}{inspect.signature(factory)}: {error}") from None
+    return factory(**arguments)
+
+
+def describe() -> list[dict[str, str]]:
+    """A row for each objective: name, arguments, gauge (weight, trust, residual), needs, paper."""
+    rows = []
+    for name in names():
+        signature = inspect.signature(_REGISTRY[name])
+        required = {
+            p.name: 0.5 for p in signature.parameters.values() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD
+        }
+        one = _REGISTRY[name](**required)
+        text = str(signature).split(" ->")[0]
+        rows.append({
+            "name": name, "arguments": text, "weight": one.weight, "trust": one.trust, "residual": one.residual,
+            "needs": ", ".join(sorted(one.needs)), "paper": one.paper,
+        })  # fmt: skip
+    return rows
+
+
+__all__ = [
+    "STATISTICS", "Objective", "RowStats", "describe", "get", "names", "objective", "register",
+    "asft", "beyond_log", "cft", "confidence_penalty", "deft", "dft", "eaft", "focal", "gce", "gem", "gift",
+    "idft", "iw_sft", "jsd", "kd", "kd_hybrid", "label_smoothing", "mae", "nll", "on_policy_distillation", "poly",
+    "prift", "profit", "psft", "reverse_kl", "rho1", "sft_kl", "talr", "target_sft", "unlikelihood",
+]  # fmt: skip

@@ -1,0 +1,177 @@
+"""What an objective is: a few lines of torch on row statistics, and what they ask for."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+#: Names an objective may ask for; ``logp`` to ``ids`` are differentiable, the rest are constants.
+STATISTICS = (
+    "lse", "label", "logp", "mean", "square", "uniform", "mix", "cross", "other", "jsd", "ids",
+    "hit", "top_entropy", "teacher_lse", "teacher_logp", "teacher_entropy",
+)  # fmt: skip
+_DERIVED = {"entropy": ("lse", "mean"), "prob": ("logp",)}
+_TEACHER = {"cross", "other", "jsd", "teacher_lse", "teacher_logp", "teacher_entropy"}
+
+
+class RowStats:
+    """Statistics of N rows of logits; each attribute is a tensor (N,), except ``ids`` (N, K).
+
+    With z the logits, p = softmax(z), t the teacher's logits, T = softmax(t) and y the label:
+
+    ==================  ==========================================================================
+    ``lse``             log sum_k exp z_k
+    ``label``           z_y
+    ``logp``            log p_y (its gradient at y is formed without cancellation)
+    ``mean``            E_p[z];  ``entropy`` = lse - mean
+    ``square``          sum_k p_k^2
+    ``uniform``         mean_k z_k
+    ``mix``             E_q[z], q = softmax(alpha z + eta t), q constant
+    ``cross``           E_T[z]
+    ``other``           E_p[t]
+    ``jsd``             generalised Jensen-Shannon divergence at ``beta``
+    ``ids``             z at the given ids, NaN where an id is -1
+    ``hit``             1.0 where argmax z = y (lowest index on ties); constant
+    ``top_entropy``     entropy of the renormalised top k of p, in nats; constant
+    ``teacher_lse``     log sum_k exp t_k; constant
+    ``teacher_logp``    log T_y; constant
+    ``teacher_entropy`` H(T) in nats; constant
+    ``valid``           bool: the row counts (its label is not ``ignore_index``)
+    ``sequence``        int64: which sequence the row belongs to, or None
+    ``weight``          what ``Objective.couple`` returned, or None
+    ==================  ==========================================================================
+
+    Reading a statistic that was not asked for raises AttributeError with the remedy.
+    """
+
+    def __init__(self, valid=None, sequence=None, weight=None, **stats: torch.Tensor):
+        self.__dict__.update(stats, valid=valid, sequence=sequence, weight=weight)
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        """H(p) in nats, differentiable."""
+        return self.lse - self.mean
+
+    @property
+    def prob(self) -> torch.Tensor:
+        """p_y, differentiable."""
+        return self.logp.exp()
+
+    def __getattr__(self, name: str):
+        if name in STATISTICS:
+            raise AttributeError(f"statistic {name!r} was not asked for: add it to the objective's `stats`")
+        raise AttributeError(f"RowStats has no {name!r}; statistics are {', '.join(STATISTICS)}")
+
+    def __repr__(self) -> str:
+        return f"RowStats({', '.join(k for k, v in self.__dict__.items() if v is not None)})"
+
+
+#: Every objective alive, by key: how a torch.library op, which takes no Python objects, finds it.
+LIVE: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
+_serial = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """A token objective.
+
+    Args:
+        name: shown in errors, logs and the registry.
+        fn: RowStats -> per-token loss (N,), written with torch and differentiable in the statistics
+            that have a gradient.  Rows must not interact: entry i may depend on row i alone (use
+            ``couple`` for what needs other rows).  Detach what is a weight.
+        stats: names of the statistics ``fn`` reads ("entropy" and "prob" stand for what they need).
+        alpha, eta: the mix q = softmax(alpha z + eta t); eta != 0 needs a teacher.
+        beta: weight of the teacher in ``jsd``'s mixture.
+        top_k: k of ``top_entropy``.
+        temperature: divides the logits of student and teacher (multiplied with the op's own).
+        couple: RowStats (detached, all rows) -> weight (N,), handed to ``fn`` as ``s.weight``; for
+            objectives whose weight depends on a sequence or a batch.  Costs one more forward GEMM.
+        couple_stats: the statistics ``couple`` reads.
+        needs: what the caller must give beside logits and labels: any of "teacher", "ids",
+            "token_weight", "sequences".  A teacher is added by itself where a statistic needs it.
+        weight, trust, residual: the gauge in words: dL/dz = weight * (p - trust * delta - (1 - trust)
+            * residual).  Documentation only.
+        paper: source.
+        params: arguments the objective was made with.
+    """
+
+    name: str
+    fn: Callable[[RowStats], torch.Tensor]
+    stats: tuple[str, ...]
+    alpha: float = 1.0
+    eta: float = 0.0
+    beta: float = 0.5
+    top_k: int = 0
+    temperature: float = 1.0
+    couple: Callable[[RowStats], torch.Tensor] | None = None
+    couple_stats: tuple[str, ...] = ()
+    needs: frozenset[str] = frozenset()
+    weight: str = ""
+    trust: str = ""
+    residual: str = ""
+    paper: str = ""
+    params: dict = field(default_factory=dict)
+    key: str = field(default="", init=False)
+
+    def __post_init__(self):
+        for attribute in ("stats", "couple_stats"):
+            names = _expand(self.name, getattr(self, attribute))
+            object.__setattr__(self, attribute, names)
+        everything = set(self.stats) | set(self.couple_stats)
+        needs = set(self.needs)
+        if everything & _TEACHER or ("mix" in everything and self.eta != 0.0):
+            needs.add("teacher")
+        if "ids" in everything:
+            needs.add("ids")
+        object.__setattr__(self, "needs", frozenset(needs))
+        if not self.temperature > 0:
+            raise ValueError(f"objective {self.name!r}: temperature must be > 0; got {self.temperature}")
+        key = f"{self.name}#{next(_serial)}"
+        object.__setattr__(self, "key", key)
+        LIVE[key] = self
+
+    def __call__(self, stats: RowStats) -> torch.Tensor:
+        loss = self.fn(stats)
+        reference = stats.lse
+        if not isinstance(loss, torch.Tensor) or loss.shape != reference.shape:
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(
+                f"objective {self.name!r} must return one loss a row, shape {tuple(reference.shape)}; got {got}"
+            )
+        return loss
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.params.items())})"
+
+
+def _expand(name: str, stats) -> tuple[str, ...]:
+    if isinstance(stats, str):
+        raise TypeError(f"objective {name!r}: stats must be a tuple of names; got the string {stats!r}")
+    out: list[str] = []
+    for stat in stats:
+        for base in _DERIVED.get(stat, (stat,)):
+            if base not in STATISTICS:
+                raise ValueError(f"objective {name!r}: unknown statistic {stat!r}; known: {', '.join(STATISTICS)}")
+            out.append(base)
+    return tuple(dict.fromkeys(out))
+
+
+def objective(*stats: str, **options) -> Callable[[Callable[[RowStats], torch.Tensor]], Objective]:
+    """Decorator: make an objective of a function on RowStats.
+
+        @burnish.objective("logp", "entropy")
+        def sharpened(s):
+            return -s.logp + 0.1 * s.entropy
+
+    ``stats`` are the names it reads, ``options`` the other fields of ``Objective``.
+    """
+
+    def make(fn: Callable[[RowStats], torch.Tensor]) -> Objective:
+        return Objective(name=options.pop("name", fn.__name__), fn=fn, stats=stats, **options)
+
+    return make

@@ -1,0 +1,1 @@
+"""Operators: thin functions over the row kernels, registered with torch.library."""

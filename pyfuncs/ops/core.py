@@ -1,0 +1,243 @@
+"""From a tile of logits to losses and gradient coefficients: what every loss op shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+
+from ..kernels import dispatch, rows_torch
+from ..kernels.contract import (
+    DIFFERENTIABLE,
+    RowSpec,
+    coefficients,
+    finalize,
+    new_state,
+    scale_coefficients,
+)
+from ..objectives.base import LIVE, Objective, RowStats
+from .teacher import fill_topk
+
+#: Per-row diagnostics an op can return beside the loss, and the statistics they need.
+METRICS = {
+    "nll": ("logp",), "logp": ("logp",), "entropy": ("lse", "mean"), "hit": ("hit",), "lse": ("lse",),
+    "square": ("square",), "top_entropy": ("top_entropy",),
+}  # fmt: skip
+_ALWAYS = frozenset({"lse", "label", "logp"})
+
+
+@dataclass
+class Rows:
+    """What is known of each row, (N,) unless said.  ``factor`` is the token weight, 0 where ignored."""
+
+    target: torch.Tensor
+    valid: torch.Tensor
+    factor: torch.Tensor
+    inv_temp: torch.Tensor
+    teacher_inv_temp: torch.Tensor
+    plain_inv_temp: torch.Tensor  # without the objective's own temperature
+    ids: torch.Tensor | None = None  # (N, K)
+    sequence: torch.Tensor | None = None
+    weight: torch.Tensor | None = None  # what Objective.couple returned
+
+    def at(self, index: slice | torch.Tensor) -> Rows:
+        """The rows of a slice or an index."""
+        return Rows(**{k: None if v is None else v[index] for k, v in vars(self).items()})
+
+
+@dataclass
+class Transforms:
+    """raw -> scale -> softcap (0: none) -> temperature, of the student and of the teacher."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+    teacher_scale: float = 1.0
+    teacher_softcap: float = 0.0
+    teacher_temperature: float = 1.0
+
+
+@dataclass
+class Task:
+    """An objective bound to transforms, kernels, a teacher form and an accumulator dtype."""
+
+    objective: Objective
+    spec: RowSpec
+    kernels: ModuleType
+    dtype: torch.dtype
+    metrics: tuple[str, ...]
+    teacher: str  # "", "hidden", "logits" or "topk"
+    tail: str
+
+    @classmethod
+    def bind(cls, key: str, transforms: Transforms, *, metrics: str, backend: str, device: torch.device,
+             dtype: torch.dtype, teacher: str, tail: str, temperature: bool) -> Task:  # fmt: skip
+        """``temperature``: whether the op's own temperature may differ from 1."""
+        o = LIVE[key]
+        spec = RowSpec(
+            stats=frozenset(o.stats) | _ALWAYS, alpha=o.alpha, eta=o.eta, beta=o.beta, top_k=o.top_k or 20,
+            scale=transforms.scale, softcap=transforms.softcap,
+            teacher_scale=transforms.teacher_scale, teacher_softcap=transforms.teacher_softcap,
+            temperature=temperature or o.temperature != 1.0,
+            teacher_temperature=transforms.teacher_temperature != 1.0 or o.temperature != 1.0,
+        )  # fmt: skip
+        names = tuple(n for n in metrics.split(",") if n)
+        kernels = dispatch.rows(dispatch.resolve(backend, device))
+        return cls(o, spec, kernels, dtype, names, teacher, tail)
+
+    def with_stats(self, names) -> RowSpec:
+        return replace(self.spec, stats=_ALWAYS | frozenset(names))
+
+    @property
+    def fold_spec(self) -> RowSpec:
+        """The objective's statistics and those of the metrics."""
+        return self.with_stats(self.spec.stats | {s for n in self.metrics for s in METRICS[n]})
+
+    @property
+    def needs_teacher_tile(self) -> bool:
+        couple = self.with_stats(self.objective.couple_stats)
+        return self.spec.uses_teacher or couple.uses_teacher
+
+
+def fold(task: Task, spec: RowSpec, tile: torch.Tensor, teacher: torch.Tensor | None, rows: Rows) -> dict:
+    """Statistics of whole rows, each (n,): tile and teacher (n, V) are raw logits."""
+    temps = {"inv_temp": rows.inv_temp, "teacher_inv_temp": rows.teacher_inv_temp}
+    state = new_state(tile.shape[0], task.dtype, tile.device)
+    task.kernels.fold(tile, teacher, state, rows.target, spec, **temps)
+    stats = finalize(state, replace(spec, stats=spec.stats - {"jsd"} | ({"teacher_lse"} if spec.has("jsd") else set())))
+    if spec.has("jsd"):
+        task.kernels.fold_jsd(tile, teacher, state, stats["lse"], stats["teacher_lse"], spec, **temps)
+        stats = finalize(state, spec)
+    if task.teacher == "topk" and spec.has("teacher_logp"):
+        # given log-probabilities are true ones: not to be renormalised over the K that were kept
+        stats["teacher_logp"] = stats["teacher_logp"] + stats["teacher_lse"]
+    if spec.has("top_entropy"):
+        top = tile.topk(min(spec.top_k, tile.shape[1]), 1).values  # the transforms are increasing
+        z, _ = rows_torch.transform(top, task.dtype, spec.scale, spec.softcap, rows.inv_temp)
+        logq = z.log_softmax(1)
+        stats["top_entropy"] = -(logq.exp() * torch.where(logq == -torch.inf, 0.0, logq)).sum(1)
+    if spec.has("ids"):
+        stats["ids"] = rows_torch.gather_ids(tile, rows.ids, spec, inv_temp=rows.inv_temp, dtype=task.dtype)
+    return stats
+
+
+def couple(task: Task, stats: dict, rows: Rows) -> torch.Tensor:
+    """Objective.couple over the rows that count; 0 for the others.  stats are of all rows."""
+    weight = task.objective.couple(_view(stats, rows))
+    if weight.shape != rows.target.shape:
+        raise ValueError(
+            f"objective {task.objective.name!r}: couple must return {tuple(rows.target.shape)}; got {tuple(weight.shape)}"
+        )
+    return weight.to(task.dtype)
+
+
+def _view(stats: dict, rows: Rows) -> RowStats:
+    return RowStats(valid=rows.valid, sequence=rows.sequence, weight=rows.weight, **stats)
+
+
+def evaluate(task: Task, tile, teacher, rows: Rows, *, gradients: bool):
+    """Losses (n,) with token weights applied, metrics (M, n), and the coefficients of ``grad``.
+
+    Returns (loss, metrics, coef, ids_grad); the last two are None without ``gradients``.  The objective's
+    own few lines are differentiated by torch; coefficients are those of sum_i loss_i.
+    """
+    o = task.objective
+    stats = fold(task, task.fold_spec, tile, teacher, rows)
+    visible = {k: v for k, v in stats.items() if k in o.stats or k == "lse"}
+    leaves = [k for k in DIFFERENTIABLE if k in visible]
+    live = rows.factor != 0
+
+    def per_token(*values):
+        return o(_view({**visible, **dict(zip(leaves, values, strict=True))}, rows))
+
+    coef = ids_grad = None
+    inputs = [visible[k] for k in leaves]
+    if gradients:
+        # torch.func rather than autograd.grad: it also works below the autograd key, inside a custom op
+        loss, pull = torch.func.vjp(per_token, *inputs)
+        upstream = dict(zip(leaves, pull(torch.ones_like(loss)), strict=True))
+        ids_grad = upstream.pop("ids", None)
+        coef = scale_coefficients(coefficients(stats, upstream, task.spec), rows.factor)
+        if ids_grad is not None:
+            ids_grad = torch.where(live[:, None], ids_grad * rows.factor[:, None], 0.0)
+            ids_grad = torch.where(ids_grad.isnan() & (rows.ids < 0), 0.0, ids_grad)
+    else:
+        loss = per_token(*inputs)
+    loss = torch.where(live, loss * rows.factor, 0.0)
+    metrics = [_metric(n, stats) for n in task.metrics]
+    table = torch.stack(metrics) if metrics else loss.new_empty(0, loss.shape[0])
+    return loss, torch.where(rows.valid, table, 0.0), coef, ids_grad
+
+
+def _metric(name: str, stats: dict) -> torch.Tensor:
+    if name == "nll":
+        return -stats["logp"]
+    if name == "entropy":
+        return stats["lse"] - stats["mean"]
+    return stats[name]
+
+
+def write_grad(task: Task, tile, teacher, out, coef, ids_grad, rows: Rows) -> None:
+    """d loss / d raw logits into ``out``, which may be ``tile``."""
+    task.kernels.grad(
+        tile, teacher, out, coef, rows.target, task.spec, inv_temp=rows.inv_temp,
+        teacher_inv_temp=rows.teacher_inv_temp, ids=rows.ids if ids_grad is not None else None, ids_grad=ids_grad,
+    )  # fmt: skip
+
+
+def dense_teacher(task: Task, out, tile, ids, logp, rows: Rows) -> torch.Tensor:
+    """A top-K teacher's log-probabilities (n, V) written into ``out``; see ``Teacher``."""
+    if task.tail != "student":
+        fill_topk(out, ids, logp, task.tail)
+        return out
+    spec = replace(task.with_stats(()), teacher_temperature=False)
+    plain = replace(rows, inv_temp=rows.plain_inv_temp, ids=ids)
+    state = new_state(tile.shape[0], task.dtype, tile.device)
+    task.kernels.fold(tile, None, state, rows.target, spec, inv_temp=plain.inv_temp)
+    lse = finalize(state, spec)["lse"]
+    z_ids = rows_torch.gather_ids(tile, ids, spec, inv_temp=plain.inv_temp, dtype=task.dtype)
+
+    def student(into):
+        for block in rows_torch.row_blocks(into):
+            into[block], _ = rows_torch.transform(
+                tile[block], task.dtype, spec.scale, spec.softcap, plain.inv_temp[block]
+            )  # fmt: skip
+
+    fill_topk(out, ids, logp, task.tail, student, lse, z_ids)
+    return out
+
+
+def make_rows(
+    task: Task, target, token_weight, ignore_index: int, temperature: torch.Tensor | None, flat_temperature: float,
+    teacher_temperature: float, ids, sequence,
+) -> Rows:  # fmt: skip
+    """Per-row inputs on the target's device, in the accumulator's dtype."""
+    n, device, dtype = target.shape[0], target.device, task.dtype
+    valid = target != ignore_index
+    factor = valid.to(dtype)
+    if token_weight is not None:
+        factor = torch.where(valid, token_weight.to(dtype), 0.0)
+    if temperature is None:
+        plain = torch.full((n,), 1.0 / flat_temperature, dtype=dtype, device=device)
+    else:
+        plain = temperature.to(dtype).reciprocal().expand(n).contiguous()
+    tau = task.objective.temperature
+    teacher = torch.full((n,), 1.0 / (teacher_temperature * tau), dtype=dtype, device=device)
+    # a label that is ignored may be any number: never a column
+    safe = torch.where(valid, target, -1).contiguous()
+    return Rows(
+        target=safe, valid=valid, factor=factor, inv_temp=plain / tau, teacher_inv_temp=teacher, plain_inv_temp=plain,
+        ids=None if ids is None else ids.contiguous(), sequence=sequence,
+    )  # fmt: skip
+
+
+def check_labels(target: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
+    """A label outside the vocabulary is an error where it can be seen without a device sync."""
+    if target.device.type != "cpu":
+        return
+    bad = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"target must be in [0, {vocabulary}) or ignore_index={ignore_index}; got {int(target[row])} at row {row}"
+        )

@@ -1,0 +1,70 @@
+"""How many tokens a chunk holds: a pure function of shapes, dtypes, device type and a byte budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.contract import COEF, STATE
+from ..kernels.rows_torch import scratch_bytes
+from . import gemm
+
+#: Tokens a chunk has when the caller gives no budget: enough that dW's read-modify-write costs less
+#: than a tenth of the chunk's products.
+DEFAULT_ROWS = {"cpu": 256}
+DEFAULT_ROWS_GPU = 1024
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """``rows`` tokens a chunk; ``budget`` bytes of scratch = ``fixed`` + rows * ``per_row``."""
+
+    rows: int
+    per_row: int
+    fixed: int
+    budget: int
+
+
+def chunks(
+    *, rows: int, vocabulary: int, hidden: int, teacher_hidden: int = 0, weight_dtype: torch.dtype,
+    compute_dtype: torch.dtype, device: torch.device, teacher: str = "", weight_grad: bool = True,
+    bias_grad: bool = False, backend: str = "torch", budget: int | None = None, teacher_itemsize: int = 4,
+) -> Geometry:  # fmt: skip
+    """Chunk geometry of ``linear_loss``.  ValueError if the budget does not hold one row.
+
+    Scratch, beside inputs, outputs and gradients: a chunk holds its logits (V, accumulator dtype), the
+    gradient in the operands' dtype where that differs, the teacher's logits, and copies of its rows of
+    hidden; fixed are dW's fp32 accumulator where the weight is narrower, a cast slab or copy of the weight,
+    the torch twin's blocks, and one integer a row for the rows that are kept.
+    """
+    acc = gemm.accumulator(compute_dtype)
+    size, low = acc.itemsize, compute_dtype.itemsize
+    mode = gemm.mode(weight_dtype, compute_dtype, device)
+    per_row = vocabulary * size
+    if mode == "mixed":
+        per_row += vocabulary * low
+    if teacher in ("hidden", "topk"):
+        per_row += vocabulary * size
+    elif teacher == "logits":
+        per_row += vocabulary * teacher_itemsize
+    # hidden: gathered, cast, and its gradient; statistics: state, coefficients, leaves and their gradients
+    per_row += 3 * (hidden + teacher_hidden) * size + (2 * len(STATE) + 3 * len(COEF) + 64) * 8
+    fixed = 40 * rows + (1 << 20)
+    if mode == "upcast":
+        fixed += 2 * gemm.SLAB_BYTES
+    if mode == "mixed" and weight_dtype != compute_dtype:
+        fixed += vocabulary * hidden * low
+    if weight_grad and weight_dtype != acc:
+        fixed += vocabulary * hidden * size
+    if bias_grad:
+        fixed += 2 * vocabulary * size
+    if backend == "torch":
+        fixed += scratch_bytes(vocabulary, size)
+    if budget is None:
+        default = DEFAULT_ROWS.get(device.type, DEFAULT_ROWS_GPU)
+        budget = fixed + per_row * min(default, max(rows, 1))
+    count = (budget - fixed) // per_row
+    if count < 1:
+        raise ValueError(f"budget must be at least {fixed + per_row} bytes for these shapes; got {budget}")
+    return Geometry(rows=min(count, max(rows, 1)), per_row=per_row, fixed=fixed, budget=budget)

@@ -1,0 +1,153 @@
+"""Checks and defaults that every loss op shares; no device sync, nothing written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..objectives.base import Objective
+from .core import METRICS, Transforms
+from .teacher import Teacher
+
+REDUCTIONS = ("mean", "sum", "none")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class Common:
+    """Arguments of a loss op after the checks, flattened to N rows."""
+
+    target: torch.Tensor
+    token_weight: torch.Tensor | None
+    temperature: torch.Tensor | None
+    flat_temperature: float
+    denominator: torch.Tensor | None
+    ids: torch.Tensor | None
+    sequence: torch.Tensor | None
+    teacher: list[torch.Tensor]
+    teacher_kind: str
+    tail: str
+    transforms: Transforms
+    metrics: str
+
+
+def check_float(name: str, x: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
+
+
+def _rows(name: str, value: torch.Tensor, target: torch.Tensor, *, any_device: bool = False) -> torch.Tensor:
+    if value.shape != target.shape:
+        raise ValueError(f"{name} must have target's shape {tuple(target.shape)}; got {tuple(value.shape)}")
+    if value.device != target.device and not any_device:
+        raise ValueError(f"{name} must be on {target.device}, as target is; got {value.device}")
+    return value.reshape(-1)
+
+
+def prepare(
+    objective, rows_shape: torch.Size, vocabulary: int, device: torch.device, target, *, ids, sequences, token_weight,
+    teacher, reduction, num_items, scale, softcap, temperature, metrics,
+) -> Common:  # fmt: skip
+    """Validate and flatten; raises ValueError or TypeError that names the argument and what it got."""
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective must be a burnish.Objective (burnish.objectives.nll(), ...); got {type(objective).__name__}"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
+        raise TypeError(f"target must be an int64 tensor; got {getattr(target, 'dtype', type(target).__name__)}")
+    if target.shape != rows_shape:
+        raise ValueError(f"target must have shape {tuple(rows_shape)}, one label a row; got {tuple(target.shape)}")
+    if target.device != device and target.device.type != "cpu":
+        raise ValueError(f"target must be on {device} or on the CPU; got {target.device}")
+    missing = objective.needs - {
+        name for name, value in (("teacher", teacher), ("ids", ids), ("token_weight", token_weight))
+        if value is not None
+    } - {"sequences"}  # fmt: skip
+    if missing:
+        hints = {
+            "teacher": "teacher=burnish.Teacher(...), a teacher, reference or frozen base model",
+            "ids": "ids=, the (N, K) token ids it reads",
+            "token_weight": "token_weight=, the weights that come with the data",
+        }
+        raise ValueError(f"objective {objective.name!r} needs {' and '.join(hints[m] for m in sorted(missing))}")
+    n = target.numel()
+    sequence = None
+    if "sequences" in objective.needs:
+        if sequences is not None:
+            sequence = _rows("sequences", sequences, target)
+        elif target.ndim == 2:
+            sequence = torch.arange(target.shape[0], device=target.device)[:, None].expand(target.shape).reshape(-1)
+        else:
+            raise ValueError(
+                f"objective {objective.name!r} couples the tokens of a sequence: give sequences= (int64, a row's "
+                "sequence) or a target of shape (B, T)"
+            )
+    if token_weight is not None:
+        check_float("token_weight", token_weight)
+        token_weight = _rows("token_weight", token_weight, target, any_device=True).detach()
+    if ids is not None:
+        if ids.dtype != torch.int64 or ids.shape[:-1] != target.shape:
+            raise ValueError(
+                f"ids must be int64 of shape {(*target.shape, 'K')}; got {ids.dtype} {tuple(ids.shape)}"
+            )
+        if ids.device != device:
+            raise ValueError(f"ids must be on {device}; got {ids.device}")
+        ids = ids.reshape(n, ids.shape[-1])
+    rows_temperature, flat = None, 1.0
+    if isinstance(temperature, torch.Tensor):
+        rows_temperature = temperature.detach()
+        if temperature.ndim:
+            rows_temperature = _rows("temperature", temperature, target, any_device=True).detach()
+    else:
+        flat = float(temperature)
+        if not flat > 0:
+            raise ValueError(f"temperature must be > 0; got {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0 or None; got {softcap}")
+    if not scale > 0:
+        raise ValueError(f"scale must be > 0; got {scale}")
+    denominator = None
+    if num_items is not None:
+        if reduction != "mean":
+            raise ValueError(f"num_items goes with reduction='mean'; got reduction={reduction!r}")
+        denominator = torch.as_tensor(num_items, dtype=torch.float64 if device.type == "cpu" else torch.float32)
+        denominator = denominator.to(device)
+        if denominator.ndim:
+            raise ValueError(f"num_items must be a number or a 0-dim tensor; got shape {tuple(denominator.shape)}")
+    metrics = tuple(metrics)
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"metrics must be among {', '.join(METRICS)}; got {name!r}")
+    tensors: list[torch.Tensor] = []
+    kind = tail = ""
+    transforms = Transforms(scale=float(scale), softcap=float(softcap or 0.0))
+    if teacher is not None:
+        if not isinstance(teacher, Teacher):
+            raise TypeError(f"teacher must be a burnish.Teacher; got {type(teacher).__name__}")
+        if "teacher" in objective.needs:  # otherwise nothing of it is read
+            tensors = teacher.tensors(n, vocabulary, device)
+            kind, tail = teacher.kind, teacher.tail or ""
+            transforms.teacher_scale = float(teacher.scale)
+            transforms.teacher_softcap = float(teacher.softcap or 0.0)
+            transforms.teacher_temperature = float(teacher.temperature)
+            if tail == "zero" and "other" in objective.stats:
+                raise ValueError(f"objective {objective.name!r} is infinite where a top-K teacher has tail='zero'")
+    return Common(
+        target.reshape(-1), token_weight, rows_temperature, flat, denominator, ids, sequence, tensors, kind, tail,
+        transforms, ",".join(metrics),
+    )  # fmt: skip
+
+
+def unpack(loss, table, shape: torch.Size, reduction: str, metrics: str):
+    """What the caller sees: loss, or (loss, {metric: tensor}) where metrics were asked for."""
+    if reduction == "none":
+        loss = loss.reshape(shape)
+    if not metrics:
+        return loss
+    names = metrics.split(",")
+    return loss, {name: table[i].reshape(shape) for i, name in enumerate(names)}

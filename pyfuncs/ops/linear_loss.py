@@ -1,0 +1,408 @@
+"""``linear_loss``: any token objective fused with the LM head, logits never whole.
+
+Token-outer order: for a chunk of tokens, logits -> fold -> objective -> gradient in place -> dX of the
+chunk, dW += .  Three GEMMs, gradients made in forward, exact for one upstream scalar (``mean``, ``sum``);
+``reduction="none"`` folds in forward and recomputes the logits in backward (four GEMMs), exact for any
+upstream gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..kernels import dispatch
+from ..kernels.contract import COEF, scale_coefficients
+from . import geometry
+from .core import Rows, Task, Transforms, check_labels, dense_teacher, evaluate, make_rows, write_grad
+from .gemm import Head, accumulator
+from .inputs import check_float, prepare, unpack
+from .row_loss import couple_rows, reads_ids, reduce
+from .teacher import Teacher
+
+PLANS = ("auto", "tokens")
+HIDDEN_GRAD, WEIGHT_GRAD, BIAS_GRAD = 1, 2, 4
+#: ``num_valid`` codes for "not given" and "read it from the device".
+_UNKNOWN, _SYNC = -1, -2
+
+
+def linear_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, objective, *, bias: Tensor | None = None,
+    token_weight: Tensor | None = None, teacher: Teacher | None = None, ids: Tensor | None = None,
+    sequences: Tensor | None = None, reduction: str = "mean", num_items=None, num_valid: int | str | None = None,
+    ignore_index: int = -100, scale: float = 1.0, softcap: float | None = None, temperature=1.0,
+    metrics: tuple[str, ...] = (), plan: str = "auto", budget: int | None = None, backend: str = "auto",
+):  # fmt: skip
+    r"""A token objective on softmax(hidden W^T + bias), fused with the projection.
+
+    Args:
+        hidden: (N, H) or (B, T, H), not shifted: row i is scored against target i.
+        weight: (V, H), the LM head; the tied embedding itself may be given.
+        target: (N,) or (B, T) int64; ``ignore_index`` rows count nowhere.  A label outside the
+            vocabulary is a ValueError on the CPU and a NaN loss elsewhere.  May lie on the CPU while hidden
+            is on a GPU: the rows that count are then known without a device sync.
+        objective: ``burnish.objectives.*`` or your own (``burnish.objective``).
+        bias: (V,).
+        token_weight: target's shape; multiplies each loss.  Rows with 0 count in the mean's denominator
+            but are not projected.  Not differentiated.
+        teacher: ``burnish.Teacher``, where the objective needs one.
+        ids: target's shape + (K,) int64, -1 for none, for objectives that read ``ids``.
+        sequences: target's shape, int64; for objectives that couple a sequence's tokens.  A (B, T)
+            target has its rows as sequences by default.
+        reduction: "mean" (over labels that are not ignored, whatever their weight; 0 if there is none),
+            "sum" or "none".
+        num_items: denominator of the mean instead: a number or 0-dim tensor, for gradient accumulation.
+        num_valid: upper bound on the rows that count, so that a GPU can drop the others before
+            projecting without a sync; "sync" reads the number from the device.  Not needed on the CPU.
+        scale, softcap, temperature: z = softcap tanh(scale z / softcap) / temperature; temperature is a
+            number, a 0-dim tensor, or one a token.
+        metrics: per-token diagnostics to return: nll, logp, entropy, hit, lse, square, top_entropy.
+        plan: "tokens"; "auto" chooses.
+        budget: bytes of scratch beside inputs, outputs and gradients; fixes the chunk size.  Default:
+            what 256 tokens need on a CPU, 1024 elsewhere.
+        backend: "auto" (the tensors' device), "triton" or "torch".
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 inputs), 0-dim or of target's shape; with ``metrics`` a pair
+        (loss, {name: tensor of target's shape}), constants, 0 on rows that do not count.
+
+    Gradients of hidden, weight and bias, each skipped where it is not required.  Inputs may be bf16 or
+    fp16: logits, losses and the accumulators of dW and dX are fp32 all the same.  Under autocast the
+    operands take its dtype, and dW keeps the weight's.
+
+    Memory beside inputs, outputs and gradients: at most ``budget``.  FLOPs: 6 N V H (+ 2 N V H_t).
+    """
+    check_float("hidden", hidden)
+    check_float("weight", weight)
+    if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden (..., H) and weight (V, H) must agree on H; got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.device != hidden.device:
+        raise ValueError(f"weight must be on {hidden.device}, as hidden is; got {weight.device}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
+        raise ValueError(
+            f"bias must be ({weight.shape[0]},) on {weight.device}; got {tuple(bias.shape)} on {bias.device}"
+        )
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}; got {plan!r}")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        compute = torch.get_autocast_dtype(device)
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden and weight must have one dtype outside autocast; got {hidden.dtype} and {weight.dtype}")
+    else:
+        compute = hidden.dtype
+    if num_valid is None:
+        valid = _UNKNOWN
+    elif num_valid == "sync":
+        valid = _SYNC
+    elif isinstance(num_valid, int) and num_valid >= 0:
+        valid = min(num_valid, target.numel())
+    else:
+        raise ValueError(f"num_valid must be a number of rows, 'sync' or None; got {num_valid!r}")
+    c = prepare(
+        objective, hidden.shape[:-1], weight.shape[0], hidden.device, target, ids=ids, sequences=sequences,
+        token_weight=token_weight, teacher=teacher, reduction=reduction, num_items=num_items, scale=scale,
+        softcap=softcap, temperature=temperature, metrics=metrics,
+    )  # fmt: skip
+    needs = 0
+    if torch.is_grad_enabled():
+        needs |= HIDDEN_GRAD if hidden.requires_grad else 0
+        needs |= WEIGHT_GRAD if weight.requires_grad else 0
+        needs |= BIAS_GRAD if bias is not None and bias.requires_grad else 0
+    t = c.transforms
+    loss, table, *_ = _linear_loss(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, c.target, c.token_weight, c.temperature, c.denominator,
+        c.ids, c.sequence, c.teacher, objective.key, c.teacher_kind, c.tail, t.scale, t.softcap, t.teacher_scale,
+        t.teacher_softcap, t.teacher_temperature, c.flat_temperature, ignore_index, valid, -1 if budget is None else budget,
+        needs, compute, reduction, c.metrics, backend,
+    )  # fmt: skip
+    return unpack(loss, table, target.shape, reduction, c.metrics)
+
+
+class _Pass:
+    """One walk over the chunks of the rows that count: buffers, tiles and gradient accumulators."""
+
+    def __init__(
+        self, hidden, weight, bias, target, token_weight, temperature, ids, sequence, teacher, objective, teacher_kind,
+        tail, transforms: Transforms, flat_temperature, ignore_index, num_valid, budget, needs, compute_dtype, metrics,
+        backend,
+    ):  # fmt: skip
+        device = hidden.device
+        self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
+        self.teacher = teacher
+        self.task = task = Task.bind(
+            objective, transforms, metrics=metrics, backend=backend, device=device, dtype=accumulator(compute_dtype),
+            teacher=teacher_kind, tail=tail, temperature=temperature is not None or flat_temperature != 1.0,
+        )  # fmt: skip
+        check_labels(target, weight.shape[0], ignore_index)
+        self.index = _kept(target, token_weight, ignore_index, num_valid, device)
+        moved = [None if x is None else x.to(device, non_blocking=True) for x in (target, token_weight, temperature, sequence)]
+        rows = make_rows(
+            task, moved[0], moved[1], ignore_index, moved[2], flat_temperature, transforms.teacher_temperature, ids, moved[3],
+        )  # fmt: skip
+        self.all_rows = rows
+        if self.index is not None:
+            kept = self.index
+            rows = rows.at(kept)
+            if num_valid >= 0 and target.device.type != "cpu":
+                # a bound, not a count: the places it overshoots repeat row 0 with weight 0
+                real = torch.arange(len(kept), device=device) < (self.all_rows.factor != 0).sum()
+                rows.factor, rows.valid = rows.factor * real, rows.valid & real
+                self.real = real
+        self.rows = rows
+        self.count = rows.target.shape[0]
+        self.head = Head(weight, bias, compute_dtype)
+        self.teacher_head = None
+        if teacher_kind == "hidden":
+            low = teacher[1].dtype if teacher[1].dtype.itemsize < 4 else compute_dtype
+            self.teacher_head = Head(teacher[1], teacher[2] if len(teacher) > 2 else None, low)
+        self.geometry = geometry.chunks(
+            rows=hidden.shape[0], vocabulary=weight.shape[0], hidden=hidden.shape[1],
+            teacher_hidden=teacher[0].shape[1] if teacher_kind == "hidden" else 0, weight_dtype=weight.dtype,
+            compute_dtype=compute_dtype, device=device, teacher=teacher_kind, weight_grad=bool(needs & WEIGHT_GRAD),
+            bias_grad=bool(needs & BIAS_GRAD), backend=dispatch.resolve(backend, device), budget=None if budget < 0 else budget,
+            teacher_itemsize=teacher[0].element_size() if teacher_kind == "logits" else 4,
+        )  # fmt: skip
+        size = min(self.geometry.rows, self.count)
+        self.tile = torch.empty(size, weight.shape[0], dtype=task.dtype, device=device)
+        self.out = self.tile
+        if self.head.mode == "mixed" and needs:
+            self.out = torch.empty(self.tile.shape, dtype=self.head.operand, device=device)
+        self.teacher_tile = torch.empty_like(self.tile) if teacher_kind in ("hidden", "topk") else None
+
+    real: Tensor | None = None
+
+    def chunks(self):
+        for start in range(0, self.count, max(1, self.geometry.rows)):
+            yield slice(start, min(start + self.geometry.rows, self.count))
+
+    def _take(self, x: Tensor, part: slice) -> Tensor:
+        return x[part] if self.index is None else x[self.index[part]]
+
+    def project(self, part: slice):
+        """x, logits and teacher logits of a chunk."""
+        x = self._take(self.hidden, part).to(self.head.operand)
+        tile = self.head.project(x, self.tile[: x.shape[0]])
+        rows = self.rows.at(part)
+        if not self.teacher:
+            return x, tile, None, rows
+        if self.task.teacher == "logits":
+            t = self._take(self.teacher[0], part)
+            return x, tile, t if t.stride(1) == 1 else t.contiguous(), rows
+        t = self.teacher_tile[: x.shape[0]]
+        if self.task.teacher == "hidden":
+            self.teacher_head.project(self._take(self.teacher[0], part).to(self.teacher_head.operand), t)
+        else:
+            dense_teacher(self.task, t, tile, self._take(self.teacher[0], part), self._take(self.teacher[1], part), rows)
+        return x, tile, t, rows
+
+    def start_gradients(self):
+        needs, head = self.needs, self.head
+        make = torch.empty if self.index is None and self.count else torch.zeros
+        shape = self.hidden.shape if needs & HIDDEN_GRAD else (0,)
+        self.dx = make(shape, dtype=self.hidden.dtype, device=self.hidden.device)
+        # dW's first chunk overwrites; without a chunk it is zero
+        make = torch.empty if self.count else torch.zeros
+        self.dw = make(self.weight.shape if needs & WEIGHT_GRAD else (0,), dtype=head.dtype, device=self.weight.device)
+        size = self.bias.shape if needs & BIAS_GRAD else (0,)
+        self.db = torch.zeros(size, dtype=head.dtype, device=self.weight.device)
+
+    def accumulate(self, part: slice, x, tile, t, rows: Rows, coef, ids_grad, scale: Tensor | None) -> None:
+        """The chunk's gradients; ``scale`` multiplies what a low-precision dz must not carry itself."""
+        dz = self.out[: x.shape[0]]
+        write_grad(self.task, tile, t, dz, coef, ids_grad, rows)
+        if self.needs & HIDDEN_GRAD:
+            dx = self.head.input_grad(dz)
+            if scale is not None:
+                dx.mul_(scale)
+            if self.index is None:
+                self.dx[part] = dx
+            elif self.real is None:
+                self.dx.index_copy_(0, self.index[part], dx.to(self.dx.dtype))
+            else:  # repeated places are exact zeros
+                self.dx.index_add_(0, self.index[part], dx.to(self.dx.dtype))
+        if self.needs & WEIGHT_GRAD:
+            self.head.weight_grad(dz, x, self.dw, first=part.start == 0)
+        if self.needs & BIAS_GRAD:
+            self.db += dz.sum(0, dtype=self.db.dtype)
+
+    def finish_gradients(self, scale: Tensor | None):
+        if scale is not None:
+            self.dw.mul_(scale)
+            self.db.mul_(scale)
+        dw = self.dw.to(self.weight.dtype)
+        db = self.db if self.bias is None else self.db.to(self.bias.dtype)
+        return self.dx, dw, db
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(..., kept rows) -> (..., N), zeros elsewhere."""
+        if self.index is None:
+            return values
+        if self.real is not None:
+            values = torch.where(self.real, values, 0.0)
+        out = values.new_zeros(*values.shape[:-1], self.hidden.shape[0])
+        return out.index_add_(-1, self.index, values)
+
+
+def _kept(target, token_weight, ignore_index, num_valid, device) -> Tensor | None:
+    """Indices of the rows that count, or None where all do or where finding out would sync."""
+    on_host = target.device.type == "cpu"
+    if not on_host and num_valid == _UNKNOWN:
+        return None
+    mask = target != ignore_index
+    if token_weight is not None and token_weight.device == target.device:
+        mask = mask & (token_weight != 0)
+    if not on_host and num_valid >= 0:
+        return torch.nonzero_static(mask, size=num_valid, fill_value=0)[:, 0]
+    index = mask.nonzero()[:, 0]
+    return None if index.shape[0] == mask.shape[0] else index.to(device, non_blocking=True)
+
+
+@torch.library.custom_op("burnish::linear_loss", mutates_args=())
+def _linear_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, token_weight: Tensor | None,
+    temperature: Tensor | None, denominator: Tensor | None, ids: Tensor | None, sequence: Tensor | None,
+    teacher: list[Tensor], objective: str, teacher_kind: str, tail: str, scale: float, softcap: float,
+    teacher_scale: float, teacher_softcap: float, teacher_temperature: float, flat_temperature: float,
+    ignore_index: int, num_valid: int, budget: int, needs: int, compute_dtype: torch.dtype, reduction: str,
+    metrics: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss, metrics (M, N), dX, dW, db, coefficients, ids_grad; what is not needed is empty."""
+    walk = _Pass(
+        hidden, weight, bias, target, token_weight, temperature, ids, sequence, teacher, objective, teacher_kind, tail,
+        Transforms(scale, softcap, teacher_scale, teacher_softcap, teacher_temperature), flat_temperature,
+        ignore_index, num_valid, budget, needs, compute_dtype, metrics, backend,
+    )  # fmt: skip
+    task = walk.task
+    now = bool(needs) and reduction != "none"  # gradients in this pass
+    # everything the sum is divided by is known before the first chunk
+    _, inverse = reduce(walk.rows.factor[:0], walk.all_rows, reduction, denominator)
+    late = inverse if walk.head.mode == "mixed" else None
+    if task.objective.couple is not None:
+        walk.rows.weight = couple_rows(task, (walk.project(part)[1:] for part in walk.chunks()), walk.rows)
+    losses = walk.rows.factor.new_zeros(walk.count)
+    table = losses.new_zeros(len(task.metrics), walk.count)
+    coefs = losses.new_zeros(len(COEF) if needs and not now else 0, walk.count)
+    width = ids.shape[1] if reads_ids(objective) and needs and not now else 0
+    ids_grads = losses.new_zeros(walk.count, width)
+    if now:
+        walk.start_gradients()
+    for part in walk.chunks():
+        x, tile, t, rows = walk.project(part)
+        losses[part], table[:, part], coef, ids_grad = evaluate(task, tile, t, rows, gradients=bool(needs))
+        if now:
+            if inverse is not None and late is None:
+                coef = scale_coefficients(coef, inverse)
+                ids_grad = None if ids_grad is None else ids_grad * inverse
+            walk.accumulate(part, x, tile, t, rows, coef, ids_grad, late)
+        elif needs:
+            coefs[:, part] = coef
+            if ids_grad is not None:
+                ids_grads[part] = ids_grad
+    total = losses.sum()
+    loss = walk.spread(losses) if reduction == "none" else total if inverse is None else total * inverse
+    if reduction == "none" and walk.index is None:
+        loss = loss.clone()
+    grads = walk.finish_gradients(late) if now else tuple(hidden.new_empty(0) for _ in range(3))
+    ids_full = walk.spread(ids_grads.t()).t().contiguous() if width else losses.new_empty(0, 0)
+    return loss, walk.spread(table), *grads, walk.spread(coefs), ids_full
+
+
+@_linear_loss.register_fake
+def _(hidden, weight, bias, target, token_weight, temperature, denominator, ids, sequence, teacher, objective,
+      teacher_kind, tail, scale, softcap, teacher_scale, teacher_softcap, teacher_temperature, flat_temperature,
+      ignore_index, num_valid, budget, needs, compute_dtype, reduction, metrics, backend):  # fmt: skip
+    n, dtype = hidden.shape[0], accumulator(compute_dtype)
+    count = len([m for m in metrics.split(",") if m])
+    now, later = bool(needs) and reduction != "none", bool(needs) and reduction == "none"
+    loss = hidden.new_empty((n,) if reduction == "none" else (), dtype=dtype)
+    dx = hidden.new_empty(hidden.shape if now and needs & HIDDEN_GRAD else (0,))
+    dw = weight.new_empty(weight.shape if now and needs & WEIGHT_GRAD else (0,))
+    wants_bias = now and needs & BIAS_GRAD
+    db = bias.new_empty(bias.shape) if wants_bias else hidden.new_empty((0,), dtype=_empty_bias(bias, now, hidden, dtype))
+    coef = hidden.new_empty((len(COEF) if later else 0, n), dtype=dtype)
+    ids_grad = hidden.new_empty(tuple(ids.shape) if later and reads_ids(objective) else (0, 0), dtype=dtype)
+    return loss, hidden.new_empty((count, n), dtype=dtype), dx, dw, db, coef, ids_grad
+
+
+def _empty_bias(bias, now, hidden, dtype):
+    return hidden.dtype if not now else dtype if bias is None else bias.dtype
+
+
+@torch.library.custom_op("burnish::linear_loss_backward", mutates_args=())
+def _linear_loss_backward(
+    upstream: Tensor, coef: Tensor, ids_grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    target: Tensor, token_weight: Tensor | None, temperature: Tensor | None, ids: Tensor | None,
+    teacher: list[Tensor], objective: str, teacher_kind: str, tail: str, scale: float, softcap: float,
+    teacher_scale: float, teacher_softcap: float, teacher_temperature: float, flat_temperature: float,
+    ignore_index: int, num_valid: int, budget: int, needs: int, compute_dtype: torch.dtype, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dX, dW, db for one upstream gradient a row, logits recomputed chunk by chunk."""
+    walk = _Pass(
+        hidden, weight, bias, target, token_weight, temperature, ids, None, teacher, objective, teacher_kind, tail,
+        Transforms(scale, softcap, teacher_scale, teacher_softcap, teacher_temperature), flat_temperature,
+        ignore_index, num_valid, budget, needs, compute_dtype, "", backend,
+    )  # fmt: skip
+    walk.start_gradients()
+    for part in walk.chunks():
+        x, tile, t, rows = walk.project(part)
+        factor = walk._take(upstream, part).to(coef.dtype)
+        c = scale_coefficients(coef[:, part] if walk.index is None else coef[:, walk.index[part]], factor)
+        g = walk._take(ids_grad, part) * factor[:, None] if ids_grad.numel() else None
+        walk.accumulate(part, x, tile, t, rows, c, g, None)
+    return walk.finish_gradients(None)
+
+
+@_linear_loss_backward.register_fake
+def _(upstream, coef, ids_grad, hidden, weight, bias, *rest):
+    needs = rest[-3]
+    dx = hidden.new_empty(hidden.shape if needs & HIDDEN_GRAD else (0,))
+    dw = weight.new_empty(weight.shape if needs & WEIGHT_GRAD else (0,))
+    db = hidden.new_empty((0,), dtype=coef.dtype) if bias is None else bias.new_empty(
+        bias.shape if needs & BIAS_GRAD else (0,))  # fmt: skip
+    return dx, dw, db
+
+
+def _keep(ctx, inputs, output):
+    hidden, weight, bias, target, token_weight, temperature, _, ids, _, teacher, *options = inputs
+    loss, table, dx, dw, db, coef, ids_grad = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(table, dx, dw, db, coef, ids_grad)
+    ctx.options, ctx.inputs, ctx.per_row = options, len(inputs), loss.ndim == 1
+    if ctx.per_row:
+        ctx.save_for_backward(hidden, weight, bias, target, token_weight, temperature, ids, coef, ids_grad, *teacher)
+    else:
+        ctx.save_for_backward(dx, dw, db)
+    ctx.teachers = len(teacher)
+
+
+def _backward(ctx, upstream, *_):
+    rest = [None] * (ctx.inputs - 3)
+    rest[6] = [None] * ctx.teachers
+    if upstream is None:
+        return None, None, None, *rest
+    (key, kind, tail, scale, softcap, t_scale, t_softcap, t_temp, flat, ignore_index, num_valid, budget, needs,
+     compute, _, _, backend) = ctx.options  # fmt: skip
+    if ctx.per_row:
+        hidden, weight, bias, target, token_weight, temperature, ids, coef, ids_grad, *teacher = ctx.saved_tensors
+        grads = _linear_loss_backward(
+            upstream, coef, ids_grad, hidden, weight, bias, target, token_weight, temperature, ids, teacher, key, kind,
+            tail, scale, softcap, t_scale, t_softcap, t_temp, flat, ignore_index, num_valid, budget, needs, compute,
+            backend,
+        )  # fmt: skip
+    else:
+        # A graph that is freed after this call owns these buffers alone: scale them where they lie, so
+        # that dW never exists twice.  A graph that is kept gets fresh ones, and a second backward the
+        # same gradient again.
+        grads = ctx.saved_tensors
+        once = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+        grads = [g.mul_(upstream.to(g.dtype)) if once else g * upstream.to(g.dtype) for g in grads]
+    wanted = (HIDDEN_GRAD, WEIGHT_GRAD, BIAS_GRAD)
+    return *(g if needs & bit else None for g, bit in zip(grads, wanted, strict=True)), *rest
+
+
+_linear_loss.register_autograd(_backward, setup_context=_keep)
