@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -144,25 +145,23 @@ def evaluate(task: Task, tile, teacher, rows: Rows, *, gradients: bool):
     o = task.objective
     stats = fold(task, task.fold_spec, tile, teacher, rows)
     visible = {k: v for k, v in stats.items() if k in o.stats or k == "lse"}
-    leaves = [k for k in DIFFERENTIABLE if k in visible]
     live = rows.factor != 0
-
-    def per_token(*values):
-        return o(_view({**visible, **dict(zip(leaves, values, strict=True))}, rows))
-
     coef = ids_grad = None
-    inputs = [visible[k] for k in leaves]
     if gradients:
-        # torch.func rather than autograd.grad: it also works below the autograd key, inside a custom op
-        loss, pull = torch.func.vjp(per_token, *inputs)
-        upstream = dict(zip(leaves, pull(torch.ones_like(loss)), strict=True))
+        with torch.enable_grad():
+            leaves = {k: visible[k].detach().requires_grad_() for k in DIFFERENTIABLE if k in visible}
+            loss = o(_view({**visible, **leaves}, rows))
+            given = [None] * len(leaves)
+            if loss.requires_grad:  # an objective may be constant
+                given = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+        loss = loss.detach()
+        upstream = {k: g for k, g in zip(leaves, given, strict=True) if g is not None}
         ids_grad = upstream.pop("ids", None)
         coef = scale_coefficients(coefficients(stats, upstream, task.spec), rows.factor)
         if ids_grad is not None:
-            ids_grad = torch.where(live[:, None], ids_grad * rows.factor[:, None], 0.0)
-            ids_grad = torch.where(ids_grad.isnan() & (rows.ids < 0), 0.0, ids_grad)
+            ids_grad = torch.where(live[:, None] & (rows.ids >= 0), ids_grad * rows.factor[:, None], 0.0)
     else:
-        loss = per_token(*inputs)
+        loss = o(_view(visible, rows))
     loss = torch.where(live, loss * rows.factor, 0.0)
     metrics = [_metric(n, stats) for n in task.metrics]
     table = torch.stack(metrics) if metrics else loss.new_empty(0, loss.shape[0])
@@ -229,6 +228,15 @@ def make_rows(
         target=safe, valid=valid, factor=factor, inv_temp=plain / tau, teacher_inv_temp=teacher, plain_inv_temp=plain,
         ids=None if ids is None else ids.contiguous(), sequence=sequence,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def autograd_inside_op():
+    """Inside a torch.library op autograd is switched off below the dispatcher; objectives need it back."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    none = excluded - excluded
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), none):
+        yield
 
 
 def check_labels(target: torch.Tensor, vocabulary: int, ignore_index: int) -> None:

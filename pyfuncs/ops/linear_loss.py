@@ -12,11 +12,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..kernels import dispatch
 from ..kernels.contract import COEF, scale_coefficients
 from . import geometry
-from .core import Rows, Task, Transforms, check_labels, dense_teacher, evaluate, make_rows, write_grad
+from .core import Rows, Task, Transforms, autograd_inside_op, check_labels, dense_teacher, evaluate, make_rows, write_grad
 from .gemm import Head, accumulator
 from .inputs import check_float, prepare, unpack
 from .row_loss import couple_rows, reads_ids, reduce
@@ -114,7 +115,10 @@ def linear_loss(
         needs |= WEIGHT_GRAD if weight.requires_grad else 0
         needs |= BIAS_GRAD if bias is not None and bias.requires_grad else 0
     t = c.transforms
-    loss, table, *_ = _linear_loss(
+    # torch.compile needs a registered op; eager mode runs the same function where profilers, memory
+    # counters and dispatch modes can see inside
+    op = _linear_loss if torch.compiler.is_compiling() else _LinearLoss.apply
+    loss, table, *_ = op(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, c.target, c.token_weight, c.temperature, c.denominator,
         c.ids, c.sequence, c.teacher, objective.key, c.teacher_kind, c.tail, t.scale, t.softcap, t.teacher_scale,
         t.teacher_softcap, t.teacher_temperature, c.flat_temperature, ignore_index, valid, -1 if budget is None else budget,
@@ -262,15 +266,14 @@ def _kept(target, token_weight, ignore_index, num_valid, device) -> Tensor | Non
     return None if index.shape[0] == mask.shape[0] else index.to(device, non_blocking=True)
 
 
-@torch.library.custom_op("burnish::linear_loss", mutates_args=())
-def _linear_loss(
+def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, token_weight: Tensor | None,
     temperature: Tensor | None, denominator: Tensor | None, ids: Tensor | None, sequence: Tensor | None,
     teacher: list[Tensor], objective: str, teacher_kind: str, tail: str, scale: float, softcap: float,
     teacher_scale: float, teacher_softcap: float, teacher_temperature: float, flat_temperature: float,
     ignore_index: int, num_valid: int, budget: int, needs: int, compute_dtype: torch.dtype, reduction: str,
     metrics: str, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+):  # fmt: skip
     """loss, metrics (M, N), dX, dW, db, coefficients, ids_grad; what is not needed is empty."""
     walk = _Pass(
         hidden, weight, bias, target, token_weight, temperature, ids, sequence, teacher, objective, teacher_kind, tail,
@@ -310,6 +313,23 @@ def _linear_loss(
     grads = walk.finish_gradients(late) if now else tuple(hidden.new_empty(0) for _ in range(3))
     ids_full = walk.spread(ids_grads.t()).t().contiguous() if width else losses.new_empty(0, 0)
     return loss, walk.spread(table), *grads, walk.spread(coefs), ids_full
+
+
+@torch.library.custom_op("burnish::linear_loss", mutates_args=())
+def _linear_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, token_weight: Tensor | None,
+    temperature: Tensor | None, denominator: Tensor | None, ids: Tensor | None, sequence: Tensor | None,
+    teacher: list[Tensor], objective: str, teacher_kind: str, tail: str, scale: float, softcap: float,
+    teacher_scale: float, teacher_softcap: float, teacher_temperature: float, flat_temperature: float,
+    ignore_index: int, num_valid: int, budget: int, needs: int, compute_dtype: torch.dtype, reduction: str,
+    metrics: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with autograd_inside_op():
+        return _forward(
+            hidden, weight, bias, target, token_weight, temperature, denominator, ids, sequence, teacher, objective,
+            teacher_kind, tail, scale, softcap, teacher_scale, teacher_softcap, teacher_temperature, flat_temperature,
+            ignore_index, num_valid, budget, needs, compute_dtype, reduction, metrics, backend,
+        )  # fmt: skip
 
 
 @_linear_loss.register_fake
@@ -406,3 +426,15 @@ def _backward(ctx, upstream, *_):
 
 
 _linear_loss.register_autograd(_backward, setup_context=_keep)
+
+
+class _LinearLoss(torch.autograd.Function):
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_keep)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        grads = list(_backward(ctx, *upstream))
+        grads[9] = None  # a list of tensors is no input that autograd knows
+        return tuple(grads)

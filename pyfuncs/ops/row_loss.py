@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..kernels.contract import COEF, scale_coefficients
-from .core import Rows, Task, Transforms, check_labels, dense_teacher, evaluate, fold, couple, make_rows, write_grad
-from .gemm import accumulator
+from .core import (
+    Rows,
+    Task,
+    Transforms,
+    autograd_inside_op,
+    check_labels,
+    couple,
+    dense_teacher,
+    evaluate,
+    fold,
+    make_rows,
+    write_grad,
+)
+from .gemm import Head, accumulator
 from .inputs import check_float, prepare, unpack
 from .teacher import Teacher
 
@@ -38,7 +51,8 @@ def row_loss(
         softcap=softcap, temperature=temperature, metrics=metrics,
     )  # fmt: skip
     t = c.transforms
-    loss, table, _, _ = _row_loss(
+    op = _row_loss if torch.compiler.is_compiling() else _RowLoss.apply
+    loss, table, *_ = op(
         logits.reshape(-1, logits.shape[-1]), c.target, c.token_weight, c.temperature, c.denominator, c.ids, c.sequence,
         c.teacher, objective.key, c.teacher_kind, c.tail, t.scale, t.softcap, t.teacher_scale, t.teacher_softcap,
         t.teacher_temperature, c.flat_temperature, ignore_index, reduction, c.metrics, backend,
@@ -74,19 +88,17 @@ def _teacher_tile(task: Task, tile: Tensor, teacher: list[Tensor], rows: Rows) -
     out = torch.empty(tile.shape, dtype=task.dtype, device=tile.device)
     if task.teacher == "topk":
         return dense_teacher(task, out, tile, teacher[0], teacher[1], rows)
-    from .gemm import Head
-
     head = Head(teacher[1], teacher[2] if len(teacher) > 2 else None, teacher[1].dtype)
     return head.project(teacher[0].to(head.operand), out)
 
 
-@torch.library.custom_op("burnish::row_loss", mutates_args=())
-def _row_loss(
+def _forward(
     logits: Tensor, target: Tensor, token_weight: Tensor | None, temperature: Tensor | None,
     denominator: Tensor | None, ids: Tensor | None, sequence: Tensor | None, teacher: list[Tensor], objective: str,
     teacher_kind: str, tail: str, scale: float, softcap: float, teacher_scale: float, teacher_softcap: float,
     teacher_temperature: float, flat_temperature: float, ignore_index: int, reduction: str, metrics: str, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+):  # fmt: skip
+    """loss, metrics (M, N), coefficients, ids_grad."""
     task, rows, tile = _setup(
         logits, target, token_weight, temperature, ids, sequence, objective, teacher_kind, tail, scale, softcap,
         teacher_scale, teacher_softcap, teacher_temperature, flat_temperature, ignore_index, metrics, backend,
@@ -104,6 +116,21 @@ def _row_loss(
         ids_grad = empty
     # the coupling's result is needed again in backward only through the coefficients: nothing else is kept
     return loss, table, coef, ids_grad.clone() if ids_grad is empty else ids_grad
+
+
+@torch.library.custom_op("burnish::row_loss", mutates_args=())
+def _row_loss(
+    logits: Tensor, target: Tensor, token_weight: Tensor | None, temperature: Tensor | None,
+    denominator: Tensor | None, ids: Tensor | None, sequence: Tensor | None, teacher: list[Tensor], objective: str,
+    teacher_kind: str, tail: str, scale: float, softcap: float, teacher_scale: float, teacher_softcap: float,
+    teacher_temperature: float, flat_temperature: float, ignore_index: int, reduction: str, metrics: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with autograd_inside_op():
+        return _forward(
+            logits, target, token_weight, temperature, denominator, ids, sequence, teacher, objective, teacher_kind,
+            tail, scale, softcap, teacher_scale, teacher_softcap, teacher_temperature, flat_temperature, ignore_index,
+            reduction, metrics, backend,
+        )  # fmt: skip
 
 
 @_row_loss.register_fake
@@ -190,6 +217,18 @@ def _backward(ctx, upstream, *_):
 
 
 _row_loss.register_autograd(_backward, setup_context=_keep)
+
+
+class _RowLoss(torch.autograd.Function):
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_keep)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        grads = list(_backward(ctx, *upstream))
+        grads[7] = None  # a list of tensors is no input that autograd knows
+        return tuple(grads)
 
 
 def implied_target(logits: Tensor, target: Tensor, objective, **arguments) -> Tensor:
