@@ -1,0 +1,25 @@
+"""The methods as a user meets them: trainers and tools.  These need the ``train`` extra.
+
+Names are looked up on first use, so that ``import burnish.methods`` imports neither transformers nor TRL.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_HOMES = {
+    "TargetSFTTrainer": "target_sft", "fuse_lm_head": "fused_head", "FusedHead": "fused_head",
+    "load_model": "models", "accuracy": "evaluate",
+}  # fmt: skip
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

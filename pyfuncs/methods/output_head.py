@@ -1,0 +1,89 @@
+"""What stands between a causal LM's hidden states and its logits: weight, bias, scale and softcap."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """z = softcap tanh(scale (h W^T + bias) / softcap); ``softcap`` None leaves the tanh out."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The part of a causal LM that ends in hidden states.  ValueError where there is none."""
+    inner = getattr(model, "base_model", model)
+    if inner is model:
+        raise ValueError(f"{type(model).__name__} has no backbone: a transformers causal LM is needed")
+    return inner
+
+
+def head_module(model: nn.Module) -> nn.Module:
+    """The module that holds the LM head's weight.
+
+    Raises ValueError where there is none, or where a PEFT adapter sits on it: the weight is read, the
+    module is never called, so the adapter would be ignored and never trained.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: a model with an LM head is needed")
+    if "peft" in sys.modules:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        if isinstance(head, BaseTunerLayer):
+            raise ValueError("a PEFT adapter on lm_head is not supported: take 'lm_head' out of target_modules")
+        if isinstance(head, ModulesToSaveWrapper):  # a full trained copy beside the original
+            return head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+    return head
+
+
+def transforms(config) -> tuple[float, float | None]:
+    """(scale, softcap) of a model's logits, from its text config.
+
+    Field names differ between families; each is one scalar applied before the softcap.  Granite and
+    MiniCPM3 divide by ``logits_scaling``, HyperCLOVA X multiplies by it.
+    """
+    text = config.get_text_config()
+    softcap = getattr(text, "final_logit_softcapping", None)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(text, name, None)
+        if value is not None:
+            return float(value), softcap
+    value = getattr(text, "logits_scaling", None)
+    if value is None:
+        return 1.0, softcap
+    return float(value) if text.model_type == "hyperclovax" else 1.0 / float(value), softcap
+
+
+def output_head(model: nn.Module) -> OutputHead:
+    """The head as it is now: FSDP and PEFT replace modules, so look it up on each call."""
+    head = head_module(model)
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if hasattr(weight, "ds_id"):
+        raise ValueError("DeepSpeed ZeRO-3 partitions the LM head: use ZeRO-2, FSDP2 or DDP")
+    if hasattr(weight, "full_tensor"):  # FSDP2: gathered for this forward, its gradient scattered in backward
+        weight = weight.full_tensor()
+        bias = None if bias is None else bias.full_tensor()
+    scale, softcap = transforms(model.config)
+    return OutputHead(weight, bias, scale, softcap)
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the LM head, without gathering it."""
+    shape: torch.Size = head_module(base_model(model)).weight.shape
+    return shape[0]
