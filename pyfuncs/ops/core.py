@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -230,13 +232,35 @@ def make_rows(
     )  # fmt: skip
 
 
+def _autograd_keys() -> torch._C.DispatchKeySet:
+    names = ("AutogradOther", "AutogradCPU", "AutogradCUDA", "AutogradXPU", "ADInplaceOrView")
+    keys = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, n)) for n in names]
+    return functools.reduce(operator.or_, keys)
+
+
 @contextlib.contextmanager
 def autograd_inside_op():
-    """Inside a torch.library op autograd is switched off below the dispatcher; objectives need it back."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    none = excluded - excluded
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), none):
+    """Inside a torch.library op autograd is excluded from dispatch; objectives need it back.
+
+    Only autograd: what else is excluded there (autocast, for one) must stay so.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set() - _autograd_keys()
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
         yield
+
+
+def without_autocast(function):
+    """The op has chosen its dtypes already: autocast must not round what it does inside."""
+
+    @functools.wraps(function)
+    def inner(*args, **kwargs):
+        with contextlib.ExitStack() as stack:
+            for device in ("cpu", "cuda", "xpu"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return inner
 
 
 def check_labels(target: torch.Tensor, vocabulary: int, ignore_index: int) -> None:

@@ -17,7 +17,18 @@ from torch.autograd.function import once_differentiable
 from ..kernels import dispatch
 from ..kernels.contract import COEF, scale_coefficients
 from . import geometry
-from .core import Rows, Task, Transforms, autograd_inside_op, check_labels, dense_teacher, evaluate, make_rows, write_grad
+from .core import (
+    Rows,
+    Task,
+    Transforms,
+    autograd_inside_op,
+    check_labels,
+    dense_teacher,
+    evaluate,
+    make_rows,
+    without_autocast,
+    write_grad,
+)
 from .gemm import Head, accumulator
 from .inputs import check_float, prepare, unpack
 from .row_loss import couple_rows, reads_ids, reduce
@@ -400,7 +411,7 @@ def _keep(ctx, inputs, output):
     ctx.teachers = len(teacher)
 
 
-def _backward(ctx, upstream, *_):
+def _backward(ctx, upstream, *_, eager: bool = False):
     rest = [None] * (ctx.inputs - 3)
     rest[6] = [None] * ctx.teachers
     if upstream is None:
@@ -419,7 +430,7 @@ def _backward(ctx, upstream, *_):
         # that dW never exists twice.  A graph that is kept gets fresh ones, and a second backward the
         # same gradient again.
         grads = ctx.saved_tensors
-        once = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+        once = eager and not torch._C._autograd._get_current_graph_task_keep_graph()
         grads = [g.mul_(upstream.to(g.dtype)) if once else g * upstream.to(g.dtype) for g in grads]
     wanted = (HIDDEN_GRAD, WEIGHT_GRAD, BIAS_GRAD)
     return *(g if needs & bit else None for g, bit in zip(grads, wanted, strict=True)), *rest
@@ -429,12 +440,12 @@ _linear_loss.register_autograd(_backward, setup_context=_keep)
 
 
 class _LinearLoss(torch.autograd.Function):
-    forward = staticmethod(_forward)
+    forward = staticmethod(without_autocast(_forward))
     setup_context = staticmethod(_keep)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        grads = list(_backward(ctx, *upstream))
+        grads = list(without_autocast(_backward)(ctx, *upstream, eager=True))
         grads[9] = None  # a list of tensors is no input that autograd knows
         return tuple(grads)

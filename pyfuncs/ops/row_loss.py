@@ -18,6 +18,7 @@ from .core import (
     evaluate,
     fold,
     make_rows,
+    without_autocast,
     write_grad,
 )
 from .gemm import Head, accumulator
@@ -220,13 +221,13 @@ _row_loss.register_autograd(_backward, setup_context=_keep)
 
 
 class _RowLoss(torch.autograd.Function):
-    forward = staticmethod(_forward)
+    forward = staticmethod(without_autocast(_forward))
     setup_context = staticmethod(_keep)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        grads = list(_backward(ctx, *upstream))
+        grads = list(without_autocast(_backward)(ctx, *upstream))
         grads[7] = None  # a list of tensors is no input that autograd knows
         return tuple(grads)
 
