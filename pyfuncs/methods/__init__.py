@@ -12,7 +12,7 @@ _HOMES = {
     "load_model": "models", "accuracy": "evaluate",
 }  # fmt: skip
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = ["FusedHead", "TargetSFTTrainer", "accuracy", "fuse_lm_head", "load_model"]
 
 
 def __getattr__(name: str):

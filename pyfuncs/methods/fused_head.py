@@ -20,6 +20,7 @@ from ..objectives.base import Objective
 from ..ops.linear_loss import linear_loss
 from .frozen import TeacherPass, adapterless_teacher, separate_teacher
 from .output_head import backbone, base_model, head_module, output_head
+from .rules import check_teacher
 
 METRICS = ("entropy", "hit")
 
@@ -150,14 +151,6 @@ def fuse_lm_head(
         check_teacher(objective, teacher_model)
         teacher = adapterless_teacher(model) if teacher_model == "base" else separate_teacher(teacher_model)
     return FusedHead(inner, objective, teacher, metrics, budget, backend)
-
-
-def check_teacher(objective: Objective, teacher) -> None:
-    """ValueError where ``objective`` needs a teacher and there is none."""
-    if "teacher" in objective.needs and teacher is None:
-        raise ValueError(
-            f"objective {objective.name!r} needs a teacher (a teacher, reference or frozen base model), none was given"
-        )
 
 
 def _make_forward(handle: FusedHead, kind: type, before):

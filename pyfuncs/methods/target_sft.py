@@ -8,16 +8,11 @@ import warnings
 from torch import nn
 from trl import SFTTrainer
 
-from .. import objectives
 from ..objectives.base import Objective
 from .frozen import freeze
-from .fused_head import check_teacher, fuse_lm_head
+from .fused_head import fuse_lm_head
 from .output_head import base_model, vocabulary_size
-
-_TRAINER_OWNS = {
-    "token_weight": "token_weight comes with the data, which TRL's collator does not carry",
-    "ids": "ids come with the data, which TRL's collator does not carry",
-}
+from .rules import check_labels, check_objective, check_tokenizers, resolve_objective
 
 
 class TargetSFTTrainer(SFTTrainer):
@@ -51,11 +46,7 @@ class TargetSFTTrainer(SFTTrainer):
         backend: str = "auto", **options,
     ):  # fmt: skip
         self.objective = resolve_objective(objective, objective_args)
-        for need in sorted(self.objective.needs & set(_TRAINER_OWNS)):
-            raise ValueError(
-                f"objective {self.objective.name!r} needs {_TRAINER_OWNS[need]}: use fuse_lm_head in a loop of your own"
-            )
-        check_teacher(self.objective, teacher_model)
+        check_objective(self.objective, teacher_model)
         _check_options(args, options)
         if teacher_model is not None and "teacher" not in self.objective.needs:
             warnings.warn(f"objective {self.objective!r} reads no teacher: teacher_model is not used", stacklevel=2)
@@ -98,44 +89,6 @@ class TargetSFTTrainer(SFTTrainer):
         if self._vocabulary is not None and hasattr(dataset, "__len__"):
             check_labels(dataset, self._vocabulary)
         return dataset
-
-
-def resolve_objective(objective: str | Objective, arguments: dict | None = None) -> Objective:
-    """An ``Objective`` of a name and its arguments, or the given one.  ValueError as ``objectives.get``."""
-    if isinstance(objective, Objective):
-        if arguments:
-            raise ValueError("objective_args go with the name of an objective, not with an Objective")
-        return objective
-    return objectives.get(objective, **(arguments or {}))
-
-
-def check_tokenizers(student, teacher) -> None:
-    """ValueError unless each of the student's tokens has the same id in the teacher's tokenizer."""
-    theirs = teacher.get_vocab()
-    for token, index in sorted(student.get_vocab().items(), key=lambda item: item[1]):
-        if theirs.get(token) != index:
-            other = f"has id {theirs[token]}" if token in theirs else "is missing"
-            raise ValueError(
-                f"mismatched tokenizers: token {token!r} has id {index} for the student and {other} for the teacher"
-            )
-
-
-def check_labels(dataset, vocabulary: int) -> None:
-    """ValueError for a token or label outside ``vocabulary``, or where no label is left to train on."""
-    columns = [c for c in ("input_ids", "labels") if c in dataset.column_names]
-    counted = 0
-    for i, row in enumerate(dataset.select_columns(columns)):
-        for column in columns:
-            for value in row[column]:
-                if value >= vocabulary or (value < 0 and not (column == "labels" and value == -100)):
-                    raise ValueError(
-                        f"row {i + 1}: {'label' if column == 'labels' else 'token'} {value} is outside the vocabulary "
-                        f"of {vocabulary} entries"
-                    )
-        # the first position has nothing before it to be predicted from
-        counted += sum(value != -100 for value in row.get("labels", row.get("input_ids", []))[1:])
-    if not counted:
-        raise ValueError("no label is left to train on: every row is empty, masked or cut off by max_length")
 
 
 def _load_teacher(name: str):

@@ -1,0 +1,114 @@
+"""The command line: ``burnish sft``, ``burnish objectives``, ``burnish doctor``.
+
+Bad input ends with one line on stderr, ``burnish: error: ...``, and exit code 2.  Subcommands import what
+they need when they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from .methods.sft_options import OPTIONS, assignments, merge
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code: 0, 2 for bad input, 130 for an interrupt."""
+    try:
+        arguments = _parser().parse_args(argv)
+        work = arguments.run(arguments)
+    except BrokenPipeError:  # `burnish objectives | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"burnish: error: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    # past the checks an exception is a defect, or the machine's: its traceback is worth more than one line
+    try:
+        if work is not None:
+            work()
+    except KeyboardInterrupt:
+        print("burnish: interrupted; `--resume` goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="burnish", description="Fused fine-tuning objectives, and the methods on top.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    sft = commands.add_parser("sft", help="fine-tune a model with an objective", description=_sft.__doc__)
+    sft.add_argument("--config", metavar="FILE.yaml", help="options by name; flags override it")
+    for name, option in OPTIONS.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "set":
+            about = "any other trl.SFTConfig field; repeatable"
+            sft.add_argument(flag, action="append", metavar="KEY=VALUE", help=about)
+        elif option.default is False:
+            sft.add_argument(flag, action="store_true", default=None, help=option.help)
+        else:
+            shown = "" if option.default in (None, {}) else f" ({option.default})"
+            sft.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=option.help + shown)
+    sft.add_argument("--objective-arg", action="append", metavar="KEY=VALUE", help="one argument; repeatable")
+    sft.set_defaults(run=_sft)
+    commands.add_parser("objectives", help="list the objectives").set_defaults(run=_objectives)
+    commands.add_parser("doctor", help="what is installed, and which backend serves each op").set_defaults(run=_doctor)
+    return parser
+
+
+def _sft(arguments: argparse.Namespace):
+    """Fine-tune a causal LM with any token objective; only the loss differs from TRL's SFTTrainer."""
+    flags = {k: v for k in OPTIONS if (v := getattr(arguments, k)) is not None}
+    if "set" in flags:
+        flags["set"] = assignments(flags["set"], "--set")
+    options = merge(flags, arguments.config)
+    options["objective_args"].update(assignments(arguments.objective_arg or [], "--objective-arg"))
+    # what TRL and transformers deprecate among themselves is nothing the user of this command can change
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers)\b")
+    try:
+        from .methods import run_sft
+
+        prepared = run_sft.prepare(options)
+    except ImportError as error:
+        raise ValueError(f"burnish sft needs its training packages: pip install 'burnish[train]' ({error})") from error
+    return lambda: run_sft.train(*prepared, options)
+
+
+def _objectives(_) -> None:
+    """Print a row for each objective."""
+    from .objectives import describe
+
+    columns = ("name", "arguments", "needs", "trust", "residual", "paper")
+    rows = [{c: c for c in columns}, *describe()]
+    for row in rows:  # annotations come as strings
+        row["arguments"] = row["arguments"].replace("'", "")
+    widths = {c: max(len(r[c]) for r in rows) for c in columns}
+    for row in rows:
+        print("  ".join(row[c].ljust(widths[c]) for c in columns).rstrip())
+
+
+def _doctor(_) -> None:
+    """Print what is installed here."""
+    from .methods.doctor import report
+
+    rows = report()
+    width = max(len(name) for name, _ in rows)
+    for name, finding in rows:
+        print(f"{name.ljust(width)}  {finding}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

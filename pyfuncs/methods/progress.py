@@ -1,0 +1,24 @@
+"""The Trainer's progress bar with the loss on it."""
+
+from __future__ import annotations
+
+from transformers.trainer_callback import ProgressCallback
+
+
+class LossBar(ProgressCallback):
+    """tqdm over optimizer steps; the latest loss, token accuracy and learning rate follow it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.training_bar is None or not logs:
+            return
+        names = {"loss": "loss", "eval_loss": "eval", "mean_token_accuracy": "acc", "learning_rate": "lr"}
+        shown = {short: f"{float(logs[name]):.4g}" for name, short in names.items() if name in logs}
+        if shown:
+            self.training_bar.set_postfix(shown)
+
+
+def show_loss(trainer) -> None:
+    """Replace a Trainer's progress bar by ``LossBar``, if it has one."""
+    if any(isinstance(c, ProgressCallback) for c in trainer.callback_handler.callbacks):
+        trainer.pop_callback(ProgressCallback)
+        trainer.add_callback(LossBar)
