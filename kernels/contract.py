@@ -124,7 +124,8 @@ def finalize(state: torch.Tensor, spec: RowSpec) -> dict[str, torch.Tensor]:
     out = {"lse": s["z_max"] + s["z_sum"].log()}
     label = s["z_label"].masked_fill(s["z_label"] == float("-inf"), MASKED)
     out["label"] = label
-    out["logp"] = label - out["lse"]
+    # relative to the maximum: |z| of 1e4 would otherwise cost log p four digits
+    out["logp"] = (label - s["z_max"]) - s["z_sum"].log()
     if spec.has("hit"):
         out["hit"] = s["argmax"]
     if spec.has("mean"):
@@ -143,7 +144,7 @@ def finalize(state: torch.Tensor, spec: RowSpec) -> dict[str, torch.Tensor]:
         out["teacher_lse"] = s["t_max"] + s["t_sum"].log()
     if spec.has("teacher_logp"):
         t_label = s["t_label"].masked_fill(s["t_label"] == float("-inf"), MASKED)
-        out["teacher_logp"] = t_label - out["teacher_lse"]
+        out["teacher_logp"] = (t_label - s["t_max"]) - s["t_sum"].log()
     if spec.has("cross"):
         out["cross"] = s["t_z"] / s["t_sum"]
     if spec.has("teacher_entropy"):

@@ -249,6 +249,16 @@ def autograd_inside_op():
         yield
 
 
+_PINNED: dict[str, Objective] = {}
+
+
+@torch.compiler.assume_constant_result
+def pin(key: str) -> bool:
+    """Keep an objective for good: a compiled graph holds its key as a constant.  Runs while tracing."""
+    _PINNED[key] = LIVE[key]
+    return True
+
+
 def without_autocast(function):
     """The op has chosen its dtypes already: autocast must not round what it does inside."""
 

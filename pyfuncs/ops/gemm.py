@@ -54,7 +54,7 @@ class Head:
             return torch.mm(dz, self.weight, out_dtype=self.dtype)
         out = dz.new_zeros(dz.shape[0], self.weight.shape[1])
         for slab in self.slabs:
-            out.addmm_(dz[:, slab], self.weight[slab].to(self.dtype))
+            torch.addmm(out, dz[:, slab], self.weight[slab].to(self.dtype), out=out)
         return out
 
     def weight_grad(self, dz: torch.Tensor, x: torch.Tensor, into: torch.Tensor, *, first: bool) -> None:
@@ -66,4 +66,4 @@ class Head:
         elif self.mode == "mixed":
             torch.addmm(into, dz.t(), x, out_dtype=self.dtype, out=into)
         else:
-            into.addmm_(dz.t(), x)
+            torch.addmm(into, dz.t(), x, out=into)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels import dispatch
 from ..kernels.contract import COEF, scale_coefficients
+from ..objectives.base import LIVE
 from . import geometry
 from .core import (
     Rows,
@@ -26,6 +27,7 @@ from .core import (
     dense_teacher,
     evaluate,
     make_rows,
+    pin,
     without_autocast,
     write_grad,
 )
@@ -38,6 +40,8 @@ PLANS = ("auto", "tokens")
 HIDDEN_GRAD, WEIGHT_GRAD, BIAS_GRAD = 1, 2, 4
 #: ``num_valid`` codes for "not given" and "read it from the device".
 _UNKNOWN, _SYNC = -1, -2
+#: Devices on which the rows that count are not read back, so that ``num_valid`` bounds them.
+_BOUNDED_ON = dispatch.GPU_DEVICES
 
 
 def linear_loss(
@@ -126,9 +130,12 @@ def linear_loss(
         needs |= WEIGHT_GRAD if weight.requires_grad else 0
         needs |= BIAS_GRAD if bias is not None and bias.requires_grad else 0
     t = c.transforms
-    # torch.compile needs a registered op; eager mode runs the same function where profilers, memory
-    # counters and dispatch modes can see inside
-    op = _linear_loss if torch.compiler.is_compiling() else _LinearLoss.apply
+    op = _LinearLoss.apply
+    if torch.compiler.is_compiling():
+        # a registered op; eager mode runs the same function where profilers, memory counters and
+        # dispatch modes can see inside
+        op = _linear_loss
+        pin(objective.key)
     loss, table, *_ = op(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, c.target, c.token_weight, c.temperature, c.denominator,
         c.ids, c.sequence, c.teacher, objective.key, c.teacher_kind, c.tail, t.scale, t.softcap, t.teacher_scale,
@@ -163,7 +170,7 @@ class _Pass:
         if self.index is not None:
             kept = self.index
             rows = rows.at(kept)
-            if num_valid >= 0 and target.device.type != "cpu":
+            if num_valid >= 0 and target.device.type in _BOUNDED_ON:
                 # a bound, not a count: the places it overshoots repeat row 0 with weight 0
                 real = torch.arange(len(kept), device=device) < (self.all_rows.factor != 0).sum()
                 rows.factor, rows.valid = rows.factor * real, rows.valid & real
@@ -277,6 +284,7 @@ def _kept(target, token_weight, ignore_index, num_valid, device) -> Tensor | Non
     return None if index.shape[0] == mask.shape[0] else index.to(device, non_blocking=True)
 
 
+@without_autocast
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, token_weight: Tensor | None,
     temperature: Tensor | None, denominator: Tensor | None, ids: Tensor | None, sequence: Tensor | None,
@@ -402,6 +410,7 @@ def _keep(ctx, inputs, output):
     hidden, weight, bias, target, token_weight, temperature, _, ids, _, teacher, *options = inputs
     loss, table, dx, dw, db, coef, ids_grad = output
     ctx.set_materialize_grads(False)
+    ctx.objective = LIVE.get(options[0])  # backward finds it by key: keep it alive
     ctx.mark_non_differentiable(table, dx, dw, db, coef, ids_grad)
     ctx.options, ctx.inputs, ctx.per_row = options, len(inputs), loss.ndim == 1
     if ctx.per_row:
@@ -440,7 +449,7 @@ _linear_loss.register_autograd(_backward, setup_context=_keep)
 
 
 class _LinearLoss(torch.autograd.Function):
-    forward = staticmethod(without_autocast(_forward))
+    forward = staticmethod(_forward)
     setup_context = staticmethod(_keep)
 
     @staticmethod

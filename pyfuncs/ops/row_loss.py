@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.contract import COEF, scale_coefficients
+from ..objectives.base import LIVE
 from .core import (
     Rows,
     Task,
@@ -18,6 +19,7 @@ from .core import (
     evaluate,
     fold,
     make_rows,
+    pin,
     without_autocast,
     write_grad,
 )
@@ -52,7 +54,10 @@ def row_loss(
         softcap=softcap, temperature=temperature, metrics=metrics,
     )  # fmt: skip
     t = c.transforms
-    op = _row_loss if torch.compiler.is_compiling() else _RowLoss.apply
+    op = _RowLoss.apply
+    if torch.compiler.is_compiling():
+        op = _row_loss
+        pin(objective.key)
     loss, table, *_ = op(
         logits.reshape(-1, logits.shape[-1]), c.target, c.token_weight, c.temperature, c.denominator, c.ids, c.sequence,
         c.teacher, objective.key, c.teacher_kind, c.tail, t.scale, t.softcap, t.teacher_scale, t.teacher_softcap,
@@ -93,6 +98,7 @@ def _teacher_tile(task: Task, tile: Tensor, teacher: list[Tensor], rows: Rows) -
     return head.project(teacher[0].to(head.operand), out)
 
 
+@without_autocast
 def _forward(
     logits: Tensor, target: Tensor, token_weight: Tensor | None, temperature: Tensor | None,
     denominator: Tensor | None, ids: Tensor | None, sequence: Tensor | None, teacher: list[Tensor], objective: str,
@@ -146,8 +152,6 @@ def _(logits, target, token_weight, temperature, denominator, ids, sequence, tea
 
 
 def reads_ids(objective: str) -> bool:
-    from ..objectives.base import LIVE
-
     return "ids" in LIVE[objective].stats
 
 
@@ -201,6 +205,7 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(logits, target, token_weight, temperature, ids, coef, ids_grad, *teacher)
     ctx.options = options
     ctx.set_materialize_grads(False)
+    ctx.objective = LIVE.get(options[0])  # backward finds it by key: keep it alive
     ctx.mark_non_differentiable(table, coef, ids_grad)
     ctx.inputs = len(inputs)
 
@@ -221,7 +226,7 @@ _row_loss.register_autograd(_backward, setup_context=_keep)
 
 
 class _RowLoss(torch.autograd.Function):
-    forward = staticmethod(without_autocast(_forward))
+    forward = staticmethod(_forward)
     setup_context = staticmethod(_keep)
 
     @staticmethod

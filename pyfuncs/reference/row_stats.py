@@ -26,7 +26,8 @@ def row_stats(z, target, *, teacher=None, alpha=1.0, eta=0.0, beta=0.5, top_k=2,
     p = torch.where(keep, (z - lse[:, None]).exp(), 0.0)
     inside = (target >= 0) & (target < z.shape[1])
     at = torch.where(inside, target, 0)[:, None]
-    label = zf.gather(1, at)[:, 0].masked_fill(~keep.gather(1, at)[:, 0], -1e30)
+    low = max(-1e30, torch.finfo(z.dtype).min)
+    label = zf.gather(1, at)[:, 0].masked_fill(~keep.gather(1, at)[:, 0], low)
     label = label.masked_fill(~inside, float("nan"))
     out = {
         "lse": lse,
@@ -54,7 +55,7 @@ def row_stats(z, target, *, teacher=None, alpha=1.0, eta=0.0, beta=0.5, top_k=2,
             "cross": (big_t * zf).sum(1),
             "other": (p * tf).sum(1),
             "teacher_lse": t_lse,
-            "teacher_logp": t_label.masked_fill(t_label == -_INF, -1e30) - t_lse,
+            "teacher_logp": t_label.masked_fill(t_label == -_INF, low) - t_lse,
             "teacher_entropy": t_lse - (big_t * tf).sum(1),
         }
         mid = beta * big_t + (1 - beta) * p
