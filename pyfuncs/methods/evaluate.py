@@ -32,7 +32,8 @@ class Accuracy:
 
 def accuracy(
     model, tokenizer, dataset, *, entries: Iterable[dict] | None = None, batch_size: int = 16,
-    max_new_tokens: int = 64, prompt_format: Callable[[dict], str] | None = None, progress: bool = True,
+    max_new_tokens: int = 64, prompt_format: Callable[[dict], str] | None = None,
+    extract: Callable[[str], str] = str.strip, progress: bool = True,
 ) -> Accuracy:  # fmt: skip
     """Generate greedily for each entry of a reasoning-gym dataset and score the answers.
 
@@ -45,6 +46,7 @@ def accuracy(
         max_new_tokens: an answer's longest length.
         prompt_format: entry -> the text to complete; by default what ``burnish sft`` trains on: the chat
             template's turn where the tokenizer has one, else the question and a newline.
+        extract: generated text -> the answer in it.
         progress: show a bar.
 
     ValueError if there is no entry.
@@ -78,7 +80,7 @@ def accuracy(
                 temperature=None, top_p=None, top_k=None,
             )  # fmt: skip
             for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
-                answers[i] = text.strip()
+                answers[i] = extract(text)
             bar.update(len(batch))
     bar.close()
     scores = [float(dataset.score_answer(answer, entry)) for answer, entry in zip(answers, entries, strict=True)]

@@ -10,7 +10,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages born under the mode until they die; ``peak`` is the largest sum seen."""
+    """Counts storages born under the mode until they die.
+
+    Attributes: ``live`` bytes now, ``peak`` the largest sum seen, ``largest`` the shape of the tensor that
+    made the peak.  Exact and repeatable where a process's resident size is neither; memory that an
+    operation takes and gives back inside itself is not seen.
+    """
 
     def __init__(self):
         super().__init__()
