@@ -7,11 +7,13 @@ tile.  See ``contract`` for the mathematics and the layout of state and coeffici
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .contract import COEF_INDEX as C
+from .contract import MASKED, RowSpec
 from .contract import STATE_INDEX as S
-from .contract import RowSpec
 
 #: Bytes of one block of rows in the accumulator dtype; about the size of a core's share of L2/L3.
 BLOCK_BYTES = 2 << 20
@@ -25,6 +27,8 @@ def scratch_bytes(columns: int, itemsize: int) -> int:
 
 
 def _blocks(rows: int, columns: int, itemsize: int):
+    if columns == 0:
+        return  # nothing to fold or to write
     step = max(1, BLOCK_BYTES // max(1, columns * itemsize))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
@@ -52,12 +56,23 @@ def transform(raw, dtype, scale, softcap, inv_temp):
 def _mask_teacher(z, t):
     """T lives on the student's support: t = -inf wherever z = -inf."""
     masked = z == float("-inf")
-    return t.masked_fill(masked, float("-inf")) if bool(masked.any()) else t
+    # looking first saves a pass on the CPU; on a device it would be a sync
+    return t if t.device.type == "cpu" and not bool(masked.any()) else t.masked_fill(masked, float("-inf"))
 
 
 def _finite(x):
     """-inf -> 0, for products in which the other factor is exactly zero there."""
     return x.masked_fill(x == float("-inf"), 0.0)
+
+
+def _mix(z, t, spec):
+    """alpha z + eta t (n, V), a new tensor."""
+    if spec.alpha <= 0.0:  # 0 * -inf is NaN and -1 * -inf is +inf: masked entries are put back by hand
+        m = _finite(z) * spec.alpha
+        m = m.add_(t, alpha=spec.eta) if spec.eta else m
+        return m.masked_fill_(z == float("-inf"), float("-inf"))
+    m = z * spec.alpha
+    return m.add_(t, alpha=spec.eta) if spec.eta else m
 
 
 def _online(x, old_max, payloads, olds):
@@ -124,10 +139,7 @@ def fold(tile, teacher, state, target, spec: RowSpec, *, start=0, inv_temp=None,
             s[S["z_total"]] += zf.sum(1)
             s[S["z_count"]] += (z != float("-inf")).sum(1).to(dtype)
         if spec.has("mix"):
-            m = z * spec.alpha if spec.alpha else None
-            if spec.eta:
-                m = t * spec.eta if m is None else m.add_(t, alpha=spec.eta)
-            _merge(s, "m_max", ["m_sum", "m_exp"], [None, zf], m)
+            _merge(s, "m_max", ["m_sum", "m_exp"], [None, zf], _mix(z, t, spec))
         if spec.folds_teacher:
             names, payloads = ["t_sum"], [None]
             if spec.has("cross"):
@@ -147,9 +159,14 @@ def _merge(s, max_name, names, payloads, x):
 def _log_ratio(z, t, lse, teacher_lse, beta):
     """log p, log T and log M with M = beta T + (1 - beta) p, each (n, V)."""
     logp, logt = z - lse[:, None], t - teacher_lse[:, None]
-    log_beta = torch.tensor(beta, dtype=z.dtype, device=z.device).log()
-    log_rest = torch.tensor(1.0 - beta, dtype=z.dtype, device=z.device).log()
+    log_beta = math.log(beta) if beta > 0.0 else -math.inf
+    log_rest = math.log1p(-beta) if beta < 1.0 else -math.inf
     return logp, logt, torch.logaddexp(logt + log_beta, logp + log_rest)
+
+
+def _minus(logx, logm):
+    """log x - log M, and 0 where it only meets a zero factor."""
+    return (logx - logm).nan_to_num_(0.0, posinf=0.0, neginf=0.0)
 
 
 def fold_jsd(tile, teacher, state, lse, teacher_lse, spec: RowSpec, *, inv_temp=None, teacher_inv_temp=None):
@@ -158,8 +175,8 @@ def fold_jsd(tile, teacher, state, lse, teacher_lse, spec: RowSpec, *, inv_temp=
     for block in _blocks(rows, columns, state.element_size()):
         z, t, _ = _pair(tile, teacher, block, state.dtype, spec, inv_temp, teacher_inv_temp)
         logp, logt, logm = _log_ratio(z, t, lse[block], teacher_lse[block], spec.beta)
-        state[S["jsd_t"], block] += torch.linalg.vecdot(logt.exp(), (logt - logm).nan_to_num_(0.0, neginf=0.0))
-        state[S["jsd_p"], block] += torch.linalg.vecdot(logp.exp(), (logp - logm).nan_to_num_(0.0, neginf=0.0))
+        state[S["jsd_t"], block] += torch.linalg.vecdot(logt.exp(), _minus(logt, logm))
+        state[S["jsd_p"], block] += torch.linalg.vecdot(logp.exp(), _minus(logp, logm))
 
 
 def _pair(tile, teacher, block, dtype, spec, inv_temp, teacher_inv_temp):
@@ -183,7 +200,7 @@ def grad(
     coef (COEF_ROWS, N) from ``contract.coefficients``; ids, ids_grad (N, K) add at given columns.
     """
     rows, columns = tile.shape
-    used = _used(coef, spec)
+    used = _used(spec)
     for block in _blocks(rows, columns, coef.element_size()):
         k = coef[:, block]
 
@@ -195,9 +212,11 @@ def grad(
         inside = (y >= 0) & (y < columns)
         at = y.clamp(0, columns - 1)[:, None]
         p = (z - col("lse")).exp_()
-        p_label = p.gather(1, at)[:, 0]
+        a_label = torch.where(inside, k[C["a_label"]], k[C["a"]])[:, None]  # replaces a at k = y, if y is here
+        p_label = p.gather(1, at)
         if used["b"] or used["c"] or used["e"]:
-            poly = col("a").expand_as(p).contiguous()
+            # a copy even for one column, where expand().contiguous() would be coef itself
+            poly = torch.empty_like(p).copy_(col("a")).scatter_(1, at, a_label)
             if used["b"]:
                 poly.addcmul_(_finite(z), col("b"))
             if used["c"]:
@@ -205,25 +224,19 @@ def grad(
             if used["e"]:
                 poly.addcmul_(_finite(t), col("e"))
             dz = poly.mul_(p)
-        elif used["g"]:
-            dz = p * col("a")
         else:
-            dz = p.mul_(col("a"))
+            dz = p.mul_(col("a")).scatter_(1, at, p_label * a_label)
         if used["d"]:
-            q = z * spec.alpha if spec.alpha else None
-            if spec.eta:
-                q = t * spec.eta if q is None else q.add_(t, alpha=spec.eta)
-            dz.addcmul_(q.sub_(col("mix_lse")).exp_(), col("d"))
+            dz.addcmul_(_mix(z, t, spec).sub_(col("mix_lse")).exp_(), col("d"))
         if used["f"]:
             dz.addcmul_((t - col("teacher_lse")).exp_(), col("f"))
         if used["u"]:
             dz.add_(col("u"))
         if used["g"]:
             logp, _, logm = _log_ratio(z, t, k[C["lse"]], k[C["teacher_lse"]], spec.beta)
-            ratio = (logp - logm).nan_to_num_(0.0, neginf=0.0).sub_(col("jsd_p"))
+            ratio = _minus(logp, logm).sub_(col("jsd_p"))
             dz.addcmul_(ratio.mul_(logp.exp_()), col("g"))
-        label = k[C["label"]] + (k[C["a_label"]] - k[C["a"]]) * p_label
-        dz.scatter_add_(1, at, torch.where(inside, label, 0.0)[:, None])
+        dz.scatter_add_(1, at, torch.where(inside, k[C["label"]], 0.0)[:, None])
         if ids is not None:
             local = ids[block] - start
             ok = (local >= 0) & (local < columns) & (ids[block] >= 0)
@@ -238,7 +251,7 @@ def grad(
         out[block] = dz
 
 
-def _used(coef, spec):
+def _used(spec):
     """Which terms this launch needs, from the statistics alone (never from values: no sync)."""
     return {
         "b": spec.has("mean"),
@@ -252,10 +265,12 @@ def _used(coef, spec):
 
 
 def gather_ids(tile, ids, spec: RowSpec, *, start=0, inv_temp=None, dtype=torch.float32):
-    """Transformed logits at ids (N, K); NaN where an id lies outside the tile (or is -1)."""
+    """Transformed logits at ids (N, K); NaN where an id lies outside the tile (or is -1), -1e30 where masked."""
     columns = tile.shape[1]
+    if columns == 0:
+        return torch.full(ids.shape, float("nan"), dtype=dtype, device=tile.device)
     local = ids - start
     ok = (local >= 0) & (local < columns) & (ids >= 0)
     picked = tile.gather(1, local.clamp(0, columns - 1))
     z, _ = transform(picked, dtype, spec.scale, spec.softcap, inv_temp if spec.temperature else None)
-    return z.masked_fill(~ok, float("nan"))
+    return z.masked_fill(z == float("-inf"), MASKED).masked_fill(~ok, float("nan"))
