@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("trl")
 
 import tiny_models as tiny
+import torch
 from burnish.cli import main
 from burnish.methods import sft_options
 
@@ -39,6 +40,15 @@ def paths(tmp_path_factory):
     tiny.save(folder / "student", tiny.llama(0), student)
     tiny.write_rows(folder / "rows.jsonl")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As in tests/methods: two threads wait for each other more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 BASE = {"model": "model", "data": "rows.jsonl", "output": "out", "objective": "nll", "max-steps": "1"}

@@ -25,3 +25,14 @@ def data_file(tmp_path_factory):
     import tiny_models
 
     return tiny_models.write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small lose more to waiting for a second thread on a busy machine than they gain."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

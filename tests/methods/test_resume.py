@@ -37,7 +37,10 @@ def run(arguments, output: Path, kill_after: float | None = None) -> int:
     """The command in a process of its own; killed that long after its first checkpoint."""
     log = output.parent / "log"
     with log.open("a") as stderr:
-        process = subprocess.Popen([sys.executable, "-m", "burnish.cli", *arguments], stdout=stderr, stderr=stderr)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "burnish.cli", *arguments], stdout=stderr, stderr=stderr,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
         if kill_after is not None:
             start, deadline = step_of(output), time.monotonic() + 120
             while step_of(output) <= start and process.poll() is None and time.monotonic() < deadline:
