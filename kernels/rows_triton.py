@@ -219,10 +219,12 @@ def fold_kernel(
     old = tl.load(S + S_Z_MAX * state_stride)
     new, lane, decay = _meet(z_max, old)
     if HIT:
+        old_hit = tl.load(S + S_ARGMAX * state_stride)
         top = tl.max(z_max, 0)
         argmax = tl.min(tl.where(z_max == top, index, columns), 0)
         # a later tile wins only if strictly larger: lowest column on ties
-        tl.store(S + S_ARGMAX * state_stride, tl.where(argmax == y, 1.0, 0.0), mask=top > old)
+        hit = tl.where(top > old, tl.where(argmax == y, 1.0, 0.0), old_hit)
+        tl.store(S + S_ARGMAX * state_stride, hit)
     tl.store(S + S_Z_MAX * state_stride, new)
     _add(S + S_Z_SUM * state_stride, decay, z_sum * lane)
     if MEAN:

@@ -1,0 +1,23 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `rowcheck`
+
+
+@pytest.fixture(params=["torch", "triton"])
+def kernels(request):
+    """Each backend's module of row kernels."""
+    from burnish.kernels import dispatch
+
+    return dispatch.rows(request.param)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks a row and a row of blocks, at sizes the interpreter can afford."""
+    from burnish.kernels import rows_torch, rows_triton
+
+    monkeypatch.setattr(rows_triton, "BLOCK", 16)
+    monkeypatch.setattr(rows_torch, "BLOCK_BYTES", 512)
