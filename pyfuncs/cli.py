@@ -81,10 +81,10 @@ def _sft(arguments: argparse.Namespace):
     try:
         from .methods import run_sft
 
-        prepared = run_sft.prepare(options)
+        trainer, data, checkpoint, broken = run_sft.prepare(options)
     except ImportError as error:
         raise ValueError(f"burnish sft needs its training packages: pip install 'burnish[train]' ({error})") from error
-    return lambda: run_sft.train(*prepared, options)
+    return lambda: run_sft.train(trainer, data, checkpoint, broken, options)
 
 
 def _objectives(_) -> None:

@@ -45,7 +45,7 @@ def incomplete(folder: Path) -> str | None:
 def newest(output: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """(newest whole checkpoint or None, newer ones that are not whole with the reason)."""
     found = [p for p in output.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
-    broken = []
+    broken: list[tuple[Path, str]] = []
     for folder in sorted(found, key=lambda p: -int(p.name.rsplit("-", 1)[1])):
         problem = incomplete(folder)
         if problem is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def separate_teacher(model: nn.Module) -> TeacherPass:
     return run
 
 
-def adapterless_teacher(student: nn.Module) -> TeacherPass:
+def adapterless_teacher(student: Any) -> TeacherPass:
     """The PEFT student with its adapters off: its base model, at no memory of its own."""
     if not hasattr(student, "disable_adapter"):
         raise ValueError(f"teacher_model='base' needs a PEFT student; got {type(student).__name__}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,11 +150,16 @@ def fuse_lm_head(
     teacher = None
     if "teacher" in objective.needs:
         check_teacher(objective, teacher_model)
-        teacher = adapterless_teacher(model) if teacher_model == "base" else separate_teacher(teacher_model)
+        if isinstance(teacher_model, nn.Module):
+            teacher = separate_teacher(teacher_model)
+        elif teacher_model == "base":
+            teacher = adapterless_teacher(model)
+        else:
+            raise ValueError(f"teacher_model must be a model or 'base'; got {teacher_model!r}")
     return FusedHead(inner, objective, teacher, metrics, budget, backend)
 
 
-def _make_forward(handle: FusedHead, kind: type, before):
+def _make_forward(handle: FusedHead, kind: Any, before):
     # the class's own signature: generate and Trainer check their arguments against it
     @functools.wraps(kind.forward)
     def forward(self, *args, fused_lm_head=False, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
@@ -175,11 +181,9 @@ def _make_forward(handle: FusedHead, kind: type, before):
             return CausalLMOutputWithPast(loss=loss)
         zeros = None if set(METRICS) <= set(handle.metrics) else total.new_zeros(()).expand(mask.shape)
         entropy, hit = (metrics[name] if name in handle.metrics else zeros for name in METRICS)
-        return FusedLossOutput(
-            loss=loss, log_probs=-total, entropy=entropy, is_top1=hit, label_mask=mask, aux_loss=aux
-        )
+        return FusedLossOutput(loss=loss, log_probs=-total, entropy=entropy, is_top1=hit, label_mask=mask, aux_loss=aux)
 
-    forward.burnish = handle
+    forward.burnish = handle  # type: ignore[attr-defined]
     return forward
 
 
@@ -200,4 +204,5 @@ def _aux_loss(out, config, kwargs) -> Tensor:
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if logits is None or experts is None:
         raise ValueError(f"{config.model_type} gives no router logits: set output_router_logits=False")
-    return load_balancing_loss_func(logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask"))
+    aux = load_balancing_loss_func(logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask"))
+    return torch.as_tensor(aux)

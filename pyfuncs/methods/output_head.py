@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -21,7 +21,8 @@ class OutputHead:
 
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -38,7 +39,8 @@ def head_module(model: nn.Module) -> nn.Module:
     Raises ValueError where there is none, or where a PEFT adapter sits on it: the weight is read, the
     module is never called, so the adapter would be ignored and never trained.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = None if get is None else get()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings: a model with an LM head is needed")
     if "peft" in sys.modules:
@@ -85,5 +87,5 @@ def output_head(model: nn.Module) -> OutputHead:
 
 def vocabulary_size(model: nn.Module) -> int:
     """Rows of the LM head, without gathering it."""
-    shape: torch.Size = head_module(base_model(model)).weight.shape
-    return shape[0]
+    weight: Any = head_module(base_model(model)).weight
+    return weight.shape[0]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import checkpoints
-from .data import FileData, TaskData, load_data
+from .data import FileData, TaskData, load_data, load_task
 from .models import check_model_name, load_model
 from .rules import check_objective, resolve_objective
 from .sft_options import OWN_FIELDS, did_you_mean
@@ -166,7 +166,7 @@ def _evaluate(trainer, data: TaskData, options, output: Path) -> str:
     from .evaluate import accuracy
 
     arguments = {**options["data_args"], "size": options["eval_size"], "seed": _EVALUATION_SEED}
-    fresh = load_data(options["data"], arguments)
+    fresh = load_task(data.name, **arguments)
     model = trainer.accelerator.unwrap_model(trainer.model)
     result = accuracy(model, trainer.processing_class, fresh.task, entries=fresh.entries)
     _write(output / "evaluation.json", {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ OWN_FIELDS = {
 
 def _number(convert: Callable, least: float, what: str) -> Callable[[Any], Any]:
     def read(value):
-        # YAML 1.1 reads 1e-4 as a string, and a bool is an int
+        # a flag's value is text, and a bool would pass for an int
         if isinstance(value, bool):
             raise ValueError(what)
         if isinstance(value, float) and convert is int and not value.is_integer():
@@ -50,7 +52,7 @@ def _mapping(value) -> dict:
         value = parse_yaml(value)
     if not isinstance(value, dict):
         raise ValueError
-    return {str(k): number_or(v) for k, v in value.items()}
+    return {str(k): v for k, v in value.items()}
 
 
 _text.what = "a string"  # type: ignore[attr-defined]
@@ -153,30 +155,41 @@ def assignments(pairs: list[str], flag: str) -> dict[str, Any]:
         key, sign, value = pair.partition("=")
         if not sign or not key.strip():
             raise ValueError(f"{flag} takes KEY=VALUE; got {pair!r}")
-        out[key.strip()] = number_or(parse_yaml(value))
+        out[key.strip()] = parse_yaml(value)
     return out
 
 
 def parse_yaml(text: str):
-    """YAML (so JSON too) of a string.  ValueError, in one line, where it is not."""
+    """YAML (so JSON too) of a string, with the scalars of YAML 1.2: 1e-4 is a number and ``no`` a string.
+
+    ValueError, in one line, where it is not YAML.
+    """
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_loader())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"not YAML{where}: {getattr(error, 'problem', None) or 'cannot be read'}") from None
 
 
-def number_or(value):
-    """A string that is a number, such as YAML 1.1's 1e-4, as that number; else the value."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+@functools.cache
+def _loader() -> type:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    replaced = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float")}
+    Loader.yaml_implicit_resolvers = {
+        first: [rule for rule in rules if rule[0] not in replaced]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    number = r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf)$|^\.nan$"
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:[Tt]rue|[Ff]alse)$"), list("tTfF"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
+    return Loader
 
 
 def did_you_mean(name: str, known) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 from torch import nn
 from trl import SFTTrainer
@@ -11,6 +12,7 @@ from trl import SFTTrainer
 from ..objectives.base import Objective
 from .frozen import freeze
 from .fused_head import fuse_lm_head
+from .models import PACKAGED, load_model, load_tokenizer
 from .output_head import base_model, vocabulary_size
 from .rules import check_labels, check_objective, check_tokenizers, resolve_objective
 
@@ -25,7 +27,8 @@ class TargetSFTTrainer(SFTTrainer):
     weights do not couple sequences (rho1 and talr rank and take medians within a micro-batch).
 
     Args:
-        model, args, ...: as ``trl.SFTTrainer``; ``args`` an ``SFTConfig`` with loss_type "nll".
+        model, args, ...: as ``trl.SFTTrainer``, by keyword after ``args``, an ``SFTConfig`` with loss_type
+            "nll"; ``model`` may also be "smollm2".
         objective: an ``Objective`` or a name of ``burnish.objectives.names()``.
         objective_args: the named objective's arguments; ``target_sft`` needs ``eta``.
         teacher_model: the objective's teacher, reference, base model or old policy: a transformers model,
@@ -41,46 +44,51 @@ class TargetSFTTrainer(SFTTrainer):
     _tag_names = ["trl", "sft", "burnish"]  # noqa: RUF012  (TRL's own form)
 
     def __init__(
-        self, model, args=None, *positional, objective: str | Objective = "target_sft",
-        objective_args: dict | None = None, teacher_model: nn.Module | str | None = None, budget: int | None = None,
-        backend: str = "auto", **options,
+        self, model, args=None, *, objective: str | Objective = "target_sft", objective_args: dict | None = None,
+        teacher_model: nn.Module | str | None = None, budget: int | None = None, backend: str = "auto", **options,
     ):  # fmt: skip
-        self.objective = resolve_objective(objective, objective_args)
+        self.objective: Objective = resolve_objective(objective, objective_args)
         check_objective(self.objective, teacher_model)
         _check_options(args, options)
         if teacher_model is not None and "teacher" not in self.objective.needs:
             warnings.warn(f"objective {self.objective!r} reads no teacher: teacher_model is not used", stacklevel=2)
             teacher_model = None
+        if model == PACKAGED:
+            model, tokenizer = load_model(model)
+            options.setdefault("processing_class", tokenizer)
         self._vocabulary = None if isinstance(model, str) else vocabulary_size(model)
-        separate = teacher_model is not None and teacher_model not in ("self", "base")
-        if isinstance(teacher_model, str) and separate:
-            teacher_model, tokenizer = _load_teacher(teacher_model)
-            student = options.get("processing_class")
-            if student is None:
-                from .models import load_tokenizer
-
-                student = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
-            check_tokenizers(student, tokenizer)
-        if separate and self._vocabulary is not None and vocabulary_size(teacher_model) < self._vocabulary:
-            raise ValueError(
-                f"mismatched tokenizers: the teacher's vocabulary has {vocabulary_size(teacher_model)} entries, "
-                f"the student's {self._vocabulary}"
-            )
-        super().__init__(model, args, *positional, **options)
+        teacher = self._load_teacher(teacher_model, model, options.get("processing_class"))
+        super().__init__(model, args, **options)
         if teacher_model == "self":
-            teacher_model = self._starting_model(options.get("peft_config") is not None)
-        if isinstance(teacher_model, nn.Module):
-            teacher_model = freeze(teacher_model).to(self.accelerator.device)
-        # held in a tuple: Trainer must not mistake it for a part of the model
-        self._teacher = (teacher_model,)
-        self.fused_head = fuse_lm_head(
-            self.model, self.objective, teacher_model=teacher_model, budget=budget, backend=backend
-        )
+            teacher = self._starting_model(options.get("peft_config"))
+        if isinstance(teacher, nn.Module):
+            teacher = freeze(teacher).to(self.accelerator.device)
+        # in a tuple, lest anything take it for a part of the model
+        self._teacher = (teacher,)
+        student: Any = self.model
+        self.fused_head = fuse_lm_head(student, self.objective, teacher_model=teacher, budget=budget, backend=backend)
 
-    def _starting_model(self, fresh_adapter: bool) -> nn.Module | str:
-        if fresh_adapter:  # a new adapter begins as the identity, so its base model is the starting model
+    def _load_teacher(self, teacher, model, tokenizer) -> nn.Module | str | None:
+        """A separate teacher, loaded and checked against the student; "base" and None as they are."""
+        if teacher is None or teacher in ("self", "base"):
+            return teacher
+        if isinstance(teacher, str):
+            teacher, theirs = load_model(teacher, dtype="auto")
+            name = model if isinstance(model, str) else model.config._name_or_path
+            check_tokenizers(load_tokenizer(name) if tokenizer is None else tokenizer, theirs)
+        size = vocabulary_size(teacher)
+        if self._vocabulary is not None and size < self._vocabulary:
+            raise ValueError(
+                f"mismatched tokenizers: the teacher's vocabulary has {size} entries, the student's {self._vocabulary}"
+            )
+        return teacher
+
+    def _starting_model(self, peft_config) -> nn.Module | str:
+        # a new LoRA begins as the identity, so its base model is the starting model; PiSSA and its
+        # like rewrite the base, and other adapters need not begin as the identity
+        if type(peft_config).__name__ == "LoraConfig" and peft_config.init_lora_weights in (True, "gaussian"):
             return "base"
-        teacher = copy.deepcopy(self.model)
+        teacher: Any = copy.deepcopy(self.model)
         base_model(teacher).__dict__.pop("forward", None)  # TRL's patch
         return teacher
 
@@ -91,16 +99,10 @@ class TargetSFTTrainer(SFTTrainer):
         return dataset
 
 
-def _load_teacher(name: str):
-    from .models import load_model
-
-    return load_model(name, dtype="auto")
-
-
 def _check_options(args, options: dict) -> None:
-    if args is not None and getattr(args, "loss_type", "nll") not in ("nll", "chunked_nll"):
+    if getattr(args, "loss_type", "nll") not in ("nll", "chunked_nll"):
         raise ValueError(f"loss_type={args.loss_type!r} would replace the objective: leave it at 'nll'")
-    if args is not None and getattr(args, "label_smoothing_factor", 0):
+    if getattr(args, "label_smoothing_factor", None):
         raise ValueError("label_smoothing_factor would replace the objective: use objective='label_smoothing'")
     if options.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func would replace the objective: write it as a burnish.objective")

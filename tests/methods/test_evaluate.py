@@ -1,5 +1,7 @@
 """Batched, left-padded, sorted generation gives each entry the answer it gets alone."""
 
+from typing import ClassVar
+
 import burnish
 import pytest
 import tiny_models as tiny
@@ -10,7 +12,7 @@ from burnish.methods import accuracy, fuse_lm_head
 class Task:
     """Entries of uneven length; an answer scores by its share of the letter a."""
 
-    entries = [{"question": "ab" * n, "answer": "a"} for n in (5, 1, 9, 2, 7)]
+    entries: ClassVar = [{"question": "ab" * n, "answer": "a"} for n in (5, 1, 9, 2, 7)]
 
     def __iter__(self):
         return iter(self.entries)

@@ -10,7 +10,13 @@ from burnish.methods.fused_head import FusedLossOutput, fuse_lm_head
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
-    CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, MixtralConfig,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MixtralConfig,
     MixtralForCausalLM,
 )  # fmt: skip
 
@@ -267,9 +273,9 @@ def test_logits_never_exist_whole():
     vocabulary, size, length = 1031, 5, 130
     model, teacher = tiny.llama(vocabulary=vocabulary), tiny.llama(1, vocabulary=vocabulary)
     batch = tiny.batch(size=size, length=length, vocabulary=vocabulary)
-    with fuse_lm_head(model, burnish.objectives.target_sft(0.5), teacher_model=teacher):
-        with Largest(vocabulary) as seen:
-            model(**batch, fused_lm_head=True).loss.backward()
+    objective = burnish.objectives.target_sft(0.5)
+    with fuse_lm_head(model, objective, teacher_model=teacher), Largest(vocabulary) as seen:
+        model(**batch, fused_lm_head=True).loss.backward()
     rows = size * (length - 1)
     # a chunk on the CPU is 256 rows unless a budget says otherwise
     assert seen.most <= 256 * vocabulary < rows * vocabulary / 2

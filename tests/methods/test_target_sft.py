@@ -27,8 +27,8 @@ def config(folder, **options):
 
 def make(folder, cls=TargetSFTTrainer, model=None, rows=None, arguments=None, **options):
     return cls(
-        model or tiny.llama(), config(folder, **(arguments or {})), train_dataset=Dataset.from_list(rows or tiny.rows()),
-        processing_class=tiny.tokenizer(), **options,
+        model or tiny.llama(), config(folder, **(arguments or {})), processing_class=tiny.tokenizer(),
+        train_dataset=Dataset.from_list(rows or tiny.rows()), **options,
     )  # fmt: skip
 
 
@@ -60,6 +60,16 @@ def test_nll_steps_as_trl_does(tmp_path, arguments):
         assert len(a) == 4 and a == pytest.approx(b, abs=1e-5), name
 
 
+def test_moe_steps_as_trl_does(tmp_path):
+    from test_fused_head import family
+
+    arguments = {"gradient_accumulation_steps": 2, "router_aux_loss_coef": 0.5}
+    theirs = make(tmp_path, SFTTrainer, model=family("moe"), arguments=arguments)
+    ours = make(tmp_path, objective="nll", model=family("moe"), arguments=arguments)
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
+    check_equal(parameters(ours), parameters(theirs), 2e-5)
+
+
 def test_dft_steps_as_trls_does(tmp_path):
     expected = losses(make(tmp_path, SFTTrainer, arguments={"loss_type": "dft"}))
     assert losses(make(tmp_path, objective="dft")) == pytest.approx(expected, abs=1e-5)
@@ -78,10 +88,11 @@ def test_loss_of_a_batch_equals_the_materialised_formula(tmp_path):
 
 def test_four_micro_batches_are_one_batch(tmp_path):
     options = dict(objective_args={"eta": 0.4}, teacher_model="self")
-    one = make(tmp_path, arguments={"per_device_train_batch_size": 4, "max_steps": 3}, **options)
-    four = make(
-        tmp_path, arguments={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 3}, **options
-    )
+    one, four = (
+        make(tmp_path, arguments={
+            "per_device_train_batch_size": 4 // steps, "gradient_accumulation_steps": steps, "max_steps": 3,
+        }, **options) for steps in (1, 4)
+    )  # fmt: skip
     assert losses(one) == pytest.approx(losses(four), abs=1e-5)
     check_equal(parameters(one), parameters(four), 2e-5)
 
@@ -109,7 +120,7 @@ def test_lora(tmp_path, teacher):
     trainer.train()
     for name, p in trainer.model.named_parameters():
         assert torch.equal(p, before[name]) == ("lora" not in name), name
-    assert "base" == trainer._teacher[0]  # a fresh adapter needs no copy
+    assert trainer._teacher[0] == "base"  # a fresh adapter needs no copy
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
 
@@ -131,7 +142,8 @@ def test_evaluation(tmp_path):
     got, expected = trainer.evaluate(), theirs.evaluate()
     for name in ("eval_loss", "eval_mean_token_accuracy", "eval_entropy"):
         assert got[name] == pytest.approx(expected[name], abs=1e-5)
-    assert make(tmp_path, objective="asft", teacher_model="self", eval_dataset=Dataset.from_list(tiny.rows(5))).evaluate()
+    with_teacher = make(tmp_path, objective="asft", teacher_model="self", eval_dataset=trainer.eval_dataset)
+    assert with_teacher.evaluate()["eval_loss"] > 0
 
 
 def test_packed_documents_couple_by_document(tmp_path):
@@ -159,7 +171,7 @@ def _shuffled(folder):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match="target_sft.*eta"):
+    with pytest.raises(ValueError, match=r"target_sft.*eta"):
         make(tmp_path / "x")
     with pytest.raises(ValueError, match="unknown objective 'nil'"):
         make(tmp_path / "x", objective="nil")
@@ -177,7 +189,7 @@ def test_refusals(tmp_path):
         make(tmp_path / "x", objective="kd", teacher_model=tiny.llama(vocabulary=100))
     with pytest.raises(ValueError, match="outside the vocabulary of 20"):
         make(tmp_path / "x", objective="nll", model=tiny.llama(vocabulary=20))
-    with pytest.raises(ValueError, match="not an Objective|not with an Objective"):
+    with pytest.raises(ValueError, match="not with an Objective"):
         make(tmp_path / "x", objective=burnish.objectives.nll(), objective_args={"a": 1})
     with pytest.warns(UserWarning, match="reads no teacher"):
         make(tmp_path, objective="nll", teacher_model=tiny.llama(1))
@@ -215,6 +227,6 @@ def test_plain_trainer(tmp_path, steps):
             fuse_lm_head(model, burnish.objectives.nll())
         trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
         history = losses(trainer)
-        results.append((history + [trainer.evaluate()["eval_loss"]], parameters(trainer)))
+        results.append(([*history, trainer.evaluate()["eval_loss"]], parameters(trainer)))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
     check_equal(results[1][1], results[0][1], 2e-5)
