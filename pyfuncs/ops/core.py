@@ -252,11 +252,12 @@ def autograd_inside_op():
 _PINNED: dict[str, Objective] = {}
 
 
-@torch.compiler.assume_constant_result
-def pin(key: str) -> bool:
-    """Keep an objective for good: a compiled graph holds its key as a constant.  Runs while tracing."""
+def pin(key: str) -> None:
+    """Keep an objective that a compiled graph names by key until its backward has run.
+
+    For good: a new objective recompiles the graph, so there are few of them.
+    """
     _PINNED[key] = LIVE[key]
-    return True
 
 
 def without_autocast(function):

@@ -34,7 +34,7 @@ from .core import (
 from .gemm import Head, accumulator
 from .inputs import check_float, prepare, unpack
 from .row_loss import couple_rows, reads_ids, reduce
-from .teacher import Teacher
+from .teacher import Teacher, cut
 
 PLANS = ("auto", "tokens")
 HIDDEN_GRAD, WEIGHT_GRAD, BIAS_GRAD = 1, 2, 4
@@ -135,7 +135,6 @@ def linear_loss(
         # a registered op; eager mode runs the same function where profilers, memory counters and
         # dispatch modes can see inside
         op = _linear_loss
-        pin(objective.key)
     loss, table, *_ = op(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, c.target, c.token_weight, c.temperature, c.denominator,
         c.ids, c.sequence, c.teacher, objective.key, c.teacher_kind, c.tail, t.scale, t.softcap, t.teacher_scale,
@@ -155,7 +154,7 @@ class _Pass:
     ):  # fmt: skip
         device = hidden.device
         self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
-        self.teacher = teacher
+        self.teacher = teacher = cut(teacher, teacher_kind, weight.shape[0])
         self.task = task = Task.bind(
             objective, transforms, metrics=metrics, backend=backend, device=device, dtype=accumulator(compute_dtype),
             teacher=teacher_kind, tail=tail, temperature=temperature is not None or flat_temperature != 1.0,
@@ -343,6 +342,7 @@ def _linear_loss(
     ignore_index: int, num_valid: int, budget: int, needs: int, compute_dtype: torch.dtype, reduction: str,
     metrics: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    pin(objective)
     with autograd_inside_op():
         return _forward(
             hidden, weight, bias, target, token_weight, temperature, denominator, ids, sequence, teacher, objective,

@@ -25,7 +25,7 @@ from .core import (
 )
 from .gemm import Head, accumulator
 from .inputs import check_float, prepare, unpack
-from .teacher import Teacher
+from .teacher import Teacher, cut
 
 
 def row_loss(
@@ -57,7 +57,6 @@ def row_loss(
     op = _RowLoss.apply
     if torch.compiler.is_compiling():
         op = _row_loss
-        pin(objective.key)
     loss, table, *_ = op(
         logits.reshape(-1, logits.shape[-1]), c.target, c.token_weight, c.temperature, c.denominator, c.ids, c.sequence,
         c.teacher, objective.key, c.teacher_kind, c.tail, t.scale, t.softcap, t.teacher_scale, t.teacher_softcap,
@@ -88,6 +87,7 @@ def _setup(
 def _teacher_tile(task: Task, tile: Tensor, teacher: list[Tensor], rows: Rows) -> Tensor | None:
     if not teacher:
         return None
+    teacher = cut(teacher, task.teacher, tile.shape[1])
     if task.teacher == "logits":
         t = teacher[0]
         return t if t.stride(1) == 1 else t.contiguous()
@@ -132,6 +132,7 @@ def _row_loss(
     teacher_kind: str, tail: str, scale: float, softcap: float, teacher_scale: float, teacher_softcap: float,
     teacher_temperature: float, flat_temperature: float, ignore_index: int, reduction: str, metrics: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    pin(objective)
     with autograd_inside_op():
         return _forward(
             logits, target, token_weight, temperature, denominator, ids, sequence, teacher, objective, teacher_kind,

@@ -72,7 +72,7 @@ class Teacher:
         return "hidden" if self.hidden is not None else "logits" if self.logits is not None else "topk"
 
     def tensors(self, rows: int, vocabulary: int, device: torch.device) -> list[torch.Tensor]:
-        """The form's tensors, checked, flattened to ``rows`` rows and cut to the student's vocabulary."""
+        """The form's tensors, checked, flattened to ``rows`` rows; see ``cut``."""
         names = {"hidden": ("hidden", "weight", "bias"), "logits": ("logits",), "topk": ("ids", "logp")}[self.kind]
         out = []
         for name in names:
@@ -99,22 +99,24 @@ class Teacher:
             return out
         if size < vocabulary:
             raise ValueError(f"teacher vocabulary {size} is smaller than the student's {vocabulary}")
-        if size > vocabulary:
-            _warn_truncated(size, vocabulary)
-            cut = [o[:vocabulary] for o in out[1:]]
-            out = [out[0], *cut] if self.kind == "hidden" else [out[0][:, :vocabulary]]
         return out
 
 
-@torch.compiler.assume_constant_result
-def _warn_truncated(size: int, vocabulary: int) -> bool:
+def cut(teacher: list[torch.Tensor], kind: str, vocabulary: int) -> list[torch.Tensor]:
+    """The teacher's tensors on the student's vocabulary; one warning for each pair of sizes.
+
+    Called inside the ops: a warning is a side effect that torch.compile would not trace.
+    """
+    size = {"hidden": lambda: teacher[1].shape[0], "logits": lambda: teacher[0].shape[1]}.get(kind, lambda: vocabulary)()
+    if size == vocabulary:
+        return teacher
     if (size, vocabulary) not in _warned_vocabularies:
         _warned_vocabularies.add((size, vocabulary))
         warnings.warn(
             f"teacher vocabulary {size} is larger than the student's {vocabulary}: the extra rows are dropped",
-            stacklevel=4,
+            stacklevel=2,
         )
-    return True
+    return [teacher[0], *(x[:vocabulary] for x in teacher[1:])] if kind == "hidden" else [teacher[0][:, :vocabulary]]
 
 
 def fill_topk(out, ids, logp, tail: str, z_plain=None, lse=None, z_ids=None):

