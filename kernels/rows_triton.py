@@ -104,14 +104,9 @@ def _mix(z, t, ALPHA: tl.constexpr, ETA: tl.constexpr):
 @triton.jit
 def _log_ratio(logx, logp, logt, BETA: tl.constexpr):
     """log x - log(beta T + (1 - beta) p), in the log domain; 0 where it only meets a zero factor."""
-    if BETA == 0.0:
-        log_m = logp
-    elif BETA == 1.0:
-        log_m = logt
-    else:
-        # one of the exponentials is 1, so the sum is at least min(beta, 1 - beta)
-        safe = _safe(tl.maximum(logp, logt))
-        log_m = safe + tl.log(BETA * tl.exp(logt - safe) + (1.0 - BETA) * tl.exp(logp - safe))
+    safe = _safe(tl.maximum(logp, logt))
+    # one exponential is 1, so for 0 < beta < 1 the sum is at least min(beta, 1 - beta)
+    log_m = safe + tl.log(BETA * tl.exp(logt - safe) + (1.0 - BETA) * tl.exp(logp - safe))
     return tl.where((logx == _NEG_INF) | (log_m == _NEG_INF), 0.0, logx - log_m)
 
 
@@ -333,7 +328,8 @@ def grad_kernel(
     dz += tl.where(at_label, tl.load(R + C_LABEL * coef_stride), 0.0)
     for k in tl.range(0, K):
         column = tl.load(IDS + row * K + k)
-        dz += tl.where((cols == column - start) & (column >= 0), tl.load(IDS_GRAD + row * K + k), 0.0)
+        # padding, -1, is no column of any tile
+        dz += tl.where(cols == column - start, tl.load(IDS_GRAD + row * K + k), 0.0)
     dz = tl.where(masked, 0.0, dz)
     if CAP != 0.0:
         dz = dz * _sech2(raw * SCALE / CAP)

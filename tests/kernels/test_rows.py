@@ -52,7 +52,7 @@ def test_each_statistic_alone(kernels, stat, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_all_statistics_under_transforms(kernels, transform, dtype, device):
-    p = problem(3, 37, seed=1, dtype=DTYPES[dtype], device=device)
+    p = problem(2, 37, seed=1, dtype=DTYPES[dtype], device=device)
     compare(kernels, p, spec_of(*ALL, **TRANSFORMS[transform]))
 
 
@@ -64,7 +64,8 @@ def test_mix_and_jsd_at_their_ends(kernels, options, device):
     """alpha = 0 is gem(beta=inf); 0 * -inf and -1 * -inf must not appear."""
     p = problem(3, 37, seed=2, device=device)
     p.tile[0, 3] = p.tile[1, 30] = p.teacher[2, 5] = float("-inf")
-    compare(kernels, p, spec_of("mix", "jsd", **options))
+    stats, _ = compare(kernels, p, spec_of("mix", "jsd", **options))
+    assert stats["jsd_p"].abs().max() < 100
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

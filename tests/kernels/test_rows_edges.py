@@ -174,12 +174,13 @@ def test_nan_logits_stay_visible(kernels, device):
 
 @pytest.mark.parametrize("slabs", [None, [20, 17], [3, 3, 31]])
 def test_ties_go_to_the_lowest_column(kernels, slabs, device):
-    p, spec = problem(6, 37, device=device), spec_of("hit")
+    # within a lane, across lanes, across blocks, across slabs
+    p, spec = problem(8, 37, device=device), spec_of("hit")
     p.tile.clamp_(max=4.0)
-    for row, columns in enumerate([(2, 30), (2, 30), (19, 20), (19, 20), (3, 35), (0, 36)]):
+    for row, columns in enumerate([(2, 30), (2, 30), (19, 20), (19, 20), (3, 35), (0, 36), (4, 5), (4, 5)]):
         p.tile[row, list(columns)] = 9.0
-    p.target[:] = torch.tensor([2, 30, 19, 20, 3, 36])
-    assert fold(kernels, p, spec, slabs=slabs)["hit"].tolist() == [1, 0, 1, 0, 1, 0]
+    p.target[:] = torch.tensor([2, 30, 19, 20, 3, 36, 4, 5])
+    assert fold(kernels, p, spec, slabs=slabs)["hit"].tolist() == [1, 0, 1, 0, 1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("slabs", [None, [32, 5]])
