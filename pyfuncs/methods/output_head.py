@@ -78,11 +78,24 @@ def output_head(model: nn.Module) -> OutputHead:
     weight, bias = head.weight, getattr(head, "bias", None)
     if hasattr(weight, "ds_id"):
         raise ValueError("DeepSpeed ZeRO-3 partitions the LM head: use ZeRO-2, FSDP2 or DDP")
-    if hasattr(weight, "full_tensor"):  # FSDP2: gathered for this forward, its gradient scattered in backward
-        weight = weight.full_tensor()
-        bias = None if bias is None else bias.full_tensor()
+    if hasattr(weight, "full_tensor"):  # a head that FSDP2 shards by itself; within the root it is whole here
+        weight, bias = _gather(weight), None if bias is None else _gather(bias)
     scale, softcap = transforms(model.config)
     return OutputHead(weight, bias, scale, softcap)
+
+
+def _gather(parameter: Any) -> Tensor:
+    """A sharded parameter whole, with FSDP's average over ranks as its gradient.
+
+    ``full_tensor()`` alone takes the ranks' gradients for equal and keeps a slice of this rank's own.
+    """
+    from torch.distributed.tensor import Partial
+
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / mesh.size())
+    return whole
 
 
 def vocabulary_size(model: nn.Module) -> int:

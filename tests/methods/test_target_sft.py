@@ -170,6 +170,19 @@ def _shuffled(folder):
     return tiny.save(folder, tiny.llama(1), other)
 
 
+@pytest.mark.parametrize("name", [n for n in burnish.objectives.names() if n not in ("cft", "unlikelihood")])
+def test_every_objective_trains(tmp_path, name):
+    # profit's own threshold leaves nothing of an untrained model
+    objective = burnish.objectives.get(name, **{"target_sft": {"eta": 0.5}, "profit": {"tau": 0.0}}.get(name, {}))
+    teacher = tiny.llama(1) if "teacher" in objective.needs else None
+    trainer = make(tmp_path, objective=objective, teacher_model=teacher, arguments={"max_steps": 2})
+    before = parameters(trainer)
+    assert all(torch.isfinite(torch.tensor(losses(trainer))))
+    after = parameters(trainer)
+    assert all(torch.isfinite(p).all() for p in after.values())
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"target_sft.*eta"):
         make(tmp_path / "x")
