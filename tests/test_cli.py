@@ -190,7 +190,8 @@ def test_objectives_lists_them_all(capfd):
     assert main(["objectives"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["name", *names()]
-    assert any("eta: float" in line and "2606.11189" in line for line in lines)
+    (ours,) = (line for line in lines if line.startswith("target_sft "))
+    assert "eta" in ours and "teacher" in ours and "2606.11189" in ours
 
 
 def test_doctor(capfd):

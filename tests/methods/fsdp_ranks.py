@@ -37,7 +37,7 @@ def check(own_unit: bool, tied: bool) -> None:
     dist.all_reduce(total)
     torch.testing.assert_close(total, expected.detach(), rtol=1e-5, atol=1e-6)
     for (name, p), q in zip(sharded.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-5, atol=1e-6, msg=name)
 
 
 if __name__ == "__main__":
