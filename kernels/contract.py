@@ -52,8 +52,11 @@ STATE_INDEX = {name: i for i, name in enumerate(STATE)}
 
 # Rows of the coefficients that ``grad`` reads, shape (COEF_ROWS, N).
 COEF = (
-    "lse", "a", "a_label", "b", "c", "e",  # p_k (a + b z + c p + e t); a_label replaces a at k = y
-    "d", "mix_lse", "f", "teacher_lse", "u", "label",  # d q, f T, u, [k = y] label
+    # log p = (z - z_max) - z_log, and so for the mix and the teacher: the two parts of a log-sum-exp stay
+    # apart, because their sum would round a logit of 1e4 to three digits
+    "z_max", "z_log", "m_max", "m_log", "t_max", "t_log",
+    "a", "a_label", "b", "c", "e",  # p_k (a + b z + c p + e t); a_label replaces a at k = y
+    "d", "f", "u", "label",  # d q, f T, u, [k = y] label
     "g", "jsd_p",
 )  # fmt: skip
 COEF_INDEX = {name: i for i, name in enumerate(COEF)}
@@ -121,11 +124,11 @@ def new_state(rows: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
 def finalize(state: torch.Tensor, spec: RowSpec) -> dict[str, torch.Tensor]:
     """Statistics, each (N,), from a state that has seen every column of its rows."""
     s = {name: state[i] for name, i in STATE_INDEX.items()}
-    out = {"lse": s["z_max"] + s["z_sum"].log()}
+    out = {"z_max": s["z_max"], "z_log": s["z_sum"].log()}
+    out["lse"] = out["z_max"] + out["z_log"]
     label = s["z_label"].masked_fill(s["z_label"] == float("-inf"), MASKED)
     out["label"] = label
-    # relative to the maximum: |z| of 1e4 would otherwise cost log p four digits
-    out["logp"] = (label - s["z_max"]) - s["z_sum"].log()
+    out["logp"] = (label - out["z_max"]) - out["z_log"]
     if spec.has("hit"):
         out["hit"] = s["argmax"]
     if spec.has("mean"):
@@ -138,13 +141,14 @@ def finalize(state: torch.Tensor, spec: RowSpec) -> dict[str, torch.Tensor]:
     if spec.has("other"):
         out["other"] = s["t_exp"] / s["z_sum"]
     if spec.has("mix"):
-        out["mix_lse"] = s["m_max"] + s["m_sum"].log()
+        out["m_max"], out["m_log"] = s["m_max"], s["m_sum"].log()
         out["mix"] = s["m_exp"] / s["m_sum"]
     if spec.folds_teacher:
-        out["teacher_lse"] = s["t_max"] + s["t_sum"].log()
+        out["t_max"], out["t_log"] = s["t_max"], s["t_sum"].log()
+        out["teacher_lse"] = out["t_max"] + out["t_log"]
     if spec.has("teacher_logp"):
         t_label = s["t_label"].masked_fill(s["t_label"] == float("-inf"), MASKED)
-        out["teacher_logp"] = (t_label - s["t_max"]) - s["t_sum"].log()
+        out["teacher_logp"] = (t_label - out["t_max"]) - out["t_log"]
     if spec.has("cross"):
         out["cross"] = s["t_z"] / s["t_sum"]
     if spec.has("teacher_entropy"):
@@ -168,7 +172,9 @@ def coefficients(
     def put(name: str, value: torch.Tensor) -> None:
         coef[COEF_INDEX[name]] += value
 
-    put("lse", lse)
+    for name in ("z_max", "z_log", "m_max", "m_log", "t_max", "t_log"):
+        if name in stats:
+            put(name, stats[name])
     if (g := upstream.get("lse")) is not None:
         put("a", g)
     if (g := upstream.get("mean")) is not None:
@@ -186,14 +192,10 @@ def coefficients(
         put("label", -g * stats["logp"].expm1())  # at it: g (1 - p_y)
     if (g := upstream.get("label")) is not None:
         put("label", g)
-    if spec.has("mix"):
-        put("mix_lse", stats["mix_lse"])
     if (g := upstream.get("mix")) is not None:
         put("d", g)
     if (g := upstream.get("cross")) is not None:
         put("f", g)
-    if spec.folds_teacher:
-        put("teacher_lse", stats["teacher_lse"])
     if (g := upstream.get("uniform")) is not None:
         put("u", g / stats["count"])
     if spec.has("jsd"):

@@ -156,9 +156,12 @@ def _merge(s, max_name, names, payloads, x):
         s[S[name]] = value
 
 
-def _log_ratio(z, t, lse, teacher_lse, beta):
+_NORMS = ("z_max", "z_log", "t_max", "t_log")
+
+
+def _log_ratio(z, t, z_max, z_log, t_max, t_log, beta):
     """log p, log T and log M with M = beta T + (1 - beta) p, each (n, V)."""
-    logp, logt = z - lse[:, None], t - teacher_lse[:, None]
+    logp, logt = z - z_max[:, None] - z_log[:, None], t - t_max[:, None] - t_log[:, None]
     log_beta = math.log(beta) if beta > 0.0 else -math.inf
     log_rest = math.log1p(-beta) if beta < 1.0 else -math.inf
     return logp, logt, torch.logaddexp(logt + log_beta, logp + log_rest)
@@ -169,12 +172,13 @@ def _minus(logx, logm):
     return (logx - logm).nan_to_num_(0.0, posinf=0.0, neginf=0.0)
 
 
-def fold_jsd(tile, teacher, state, lse, teacher_lse, spec: RowSpec, *, inv_temp=None, teacher_inv_temp=None):
+def fold_jsd(tile, teacher, state, spec: RowSpec, *, inv_temp=None, teacher_inv_temp=None):
     """Second pass for the Jensen-Shannon sums, which need both log-sum-exps first."""
     rows, columns = tile.shape
+    norms = [state[S["z_max"]], state[S["z_sum"]].log(), state[S["t_max"]], state[S["t_sum"]].log()]
     for block in _blocks(rows, columns, state.element_size()):
         z, t, _ = _pair(tile, teacher, block, state.dtype, spec, inv_temp, teacher_inv_temp)
-        logp, logt, logm = _log_ratio(z, t, lse[block], teacher_lse[block], spec.beta)
+        logp, logt, logm = _log_ratio(z, t, *(norm[block] for norm in norms), spec.beta)
         state[S["jsd_t"], block] += torch.linalg.vecdot(logt.exp(), _minus(logt, logm))
         state[S["jsd_p"], block] += torch.linalg.vecdot(logp.exp(), _minus(logp, logm))
 
@@ -211,7 +215,7 @@ def grad(
         y = target[block] - start
         inside = (y >= 0) & (y < columns)
         at = y.clamp(0, columns - 1)[:, None]
-        p = (z - col("lse")).exp_()
+        p = (z - col("z_max")).sub_(col("z_log")).exp_()
         a_label = torch.where(inside, k[C["a_label"]], k[C["a"]])[:, None]  # replaces a at k = y, if y is here
         p_label = p.gather(1, at)
         if used["b"] or used["c"] or used["e"]:
@@ -227,13 +231,13 @@ def grad(
         else:
             dz = p.mul_(col("a")).scatter_(1, at, p_label * a_label)
         if used["d"]:
-            dz.addcmul_(_mix(z, t, spec).sub_(col("mix_lse")).exp_(), col("d"))
+            dz.addcmul_(_mix(z, t, spec).sub_(col("m_max")).sub_(col("m_log")).exp_(), col("d"))
         if used["f"]:
-            dz.addcmul_((t - col("teacher_lse")).exp_(), col("f"))
+            dz.addcmul_((t - col("t_max")).sub_(col("t_log")).exp_(), col("f"))
         if used["u"]:
             dz.add_(col("u"))
         if used["g"]:
-            logp, _, logm = _log_ratio(z, t, k[C["lse"]], k[C["teacher_lse"]], spec.beta)
+            logp, _, logm = _log_ratio(z, t, *(k[C[n]] for n in _NORMS), spec.beta)
             ratio = _minus(logp, logm).sub_(col("jsd_p"))
             dz.addcmul_(ratio.mul_(logp.exp_()), col("g"))
         dz.scatter_add_(1, at, torch.where(inside, k[C["label"]], 0.0)[:, None])

@@ -5,7 +5,7 @@ Operands, for a tile of N rows and V columns that starts at column ``start`` of 
     Z      (N, V)  raw logits, fp32 / bf16 / fp16 / fp64, any row stride, unit column stride
     T      (N, V)  raw teacher logits, the same
     STATE  (19, N) online state         (contract.STATE)
-    COEF   (14, N) gradient scalars     (contract.COEF)
+    COEF   (17, N) gradient scalars     (contract.COEF)
     y      (N,)    int64 labels over the whole vocabulary
 
 fold: one program a row.  A block of columns is seen as [LANES, WIDTH], WIDTH being one 128-bit load, and
@@ -248,7 +248,7 @@ def fold_kernel(
 
 @triton.jit(do_not_specialize=["state_stride"])
 def jsd_kernel(
-    Z, z_stride, T, t_stride, STATE, state_stride, LSE, T_LSE, INV, T_INV, columns,
+    Z, z_stride, T, t_stride, STATE, state_stride, INV, T_INV, columns,
     BETA: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEMP: tl.constexpr,
     T_SCALE: tl.constexpr, T_CAP: tl.constexpr, T_TEMP: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
@@ -258,8 +258,11 @@ def jsd_kernel(
     row = tl.program_id(0).to(tl.int64)
     inv = tl.load(INV + row)
     t_inv = tl.load(T_INV + row)
-    lse = tl.load(LSE + row)
-    t_lse = tl.load(T_LSE + row)
+    S = STATE + row
+    z_max = tl.load(S + S_Z_MAX * state_stride)
+    z_log = tl.log(tl.load(S + S_Z_SUM * state_stride))
+    t_max = tl.load(S + S_T_MAX * state_stride)
+    t_log = tl.log(tl.load(S + S_T_SUM * state_stride))
     tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [LANES, WIDTH]
     sum_t = tl.zeros([LANES], ACC)
     sum_p = tl.zeros([LANES], ACC)
@@ -270,12 +273,12 @@ def jsd_kernel(
         z = tl.where(inside, _transform(raw, inv, SCALE, CAP, TEMP), _NEG_INF)
         t_raw = tl.load(T + row * t_stride + cols, mask=inside, other=_NEG_INF).to(ACC)
         t = tl.where(z == _NEG_INF, _NEG_INF, _transform(t_raw, t_inv, T_SCALE, T_CAP, T_TEMP))
-        logp = z - lse
-        logt = t - t_lse
+        logp = z - z_max - z_log
+        logt = t - t_max - t_log
         sum_t += tl.sum(tl.exp(logt) * _log_ratio(logt, logp, logt, BETA), 1)
         sum_p += tl.sum(tl.exp(logp) * _log_ratio(logp, logp, logt, BETA), 1)
-    _add(STATE + S_JSD_T * state_stride + row, 1.0, sum_t)
-    _add(STATE + S_JSD_P * state_stride + row, 1.0, sum_p)
+    _add(S + S_JSD_T * state_stride, 1.0, sum_t)
+    _add(S + S_JSD_P * state_stride, 1.0, sum_p)
 
 
 @triton.jit(do_not_specialize=["coef_stride", "start"])
@@ -298,7 +301,7 @@ def grad_kernel(
     raw = tl.load(Z + row * z_stride + cols, mask=inside, other=_NEG_INF).to(ACC)
     z = tl.where(inside, _transform(raw, inv, SCALE, CAP, TEMP), _NEG_INF)
     masked = z == _NEG_INF
-    logp = z - tl.load(R + C_LSE * coef_stride)
+    logp = z - tl.load(R + C_Z_MAX * coef_stride) - tl.load(R + C_Z_LOG * coef_stride)
     p = tl.exp(logp)
     at_label = cols == y
     a = tl.load(R + C_A * coef_stride)
@@ -316,13 +319,16 @@ def grad_kernel(
         poly += tl.load(R + C_E * coef_stride) * _finite(t)
     dz = p * poly
     if MIX:
-        dz += tl.load(R + C_D * coef_stride) * tl.exp(_mix(z, t, ALPHA, ETA) - tl.load(R + C_MIX_LSE * coef_stride))
+        logq = _mix(z, t, ALPHA, ETA) - tl.load(R + C_M_MAX * coef_stride) - tl.load(R + C_M_LOG * coef_stride)
+        dz += tl.load(R + C_D * coef_stride) * tl.exp(logq)
     if CROSS:
-        dz += tl.load(R + C_F * coef_stride) * tl.exp(t - tl.load(R + C_TEACHER_LSE * coef_stride))
+        logt = t - tl.load(R + C_T_MAX * coef_stride) - tl.load(R + C_T_LOG * coef_stride)
+        dz += tl.load(R + C_F * coef_stride) * tl.exp(logt)
     if UNIFORM:
         dz += tl.load(R + C_U * coef_stride)
     if JSD:
-        ratio = _log_ratio(logp, logp, t - tl.load(R + C_TEACHER_LSE * coef_stride), BETA)
+        logt = t - tl.load(R + C_T_MAX * coef_stride) - tl.load(R + C_T_LOG * coef_stride)
+        ratio = _log_ratio(logp, logp, logt, BETA)
         ratio -= tl.load(R + C_JSD_P * coef_stride)
         dz += tl.load(R + C_G * coef_stride) * p * ratio
     dz += tl.where(at_label, tl.load(R + C_LABEL * coef_stride), 0.0)
@@ -411,7 +417,7 @@ def fold(tile, teacher, state, target, spec: RowSpec, *, start=0, inv_temp=None,
         )  # fmt: skip
 
 
-def fold_jsd(tile, teacher, state, lse, teacher_lse, spec: RowSpec, *, inv_temp=None, teacher_inv_temp=None):
+def fold_jsd(tile, teacher, state, spec: RowSpec, *, inv_temp=None, teacher_inv_temp=None):
     """Second pass for the Jensen-Shannon sums, which need both log-sum-exps first."""
     rows, columns = tile.shape
     if rows == 0 or columns == 0:
@@ -419,7 +425,7 @@ def fold_jsd(tile, teacher, state, lse, teacher_lse, spec: RowSpec, *, inv_temp=
     with _on(tile):
         jsd_kernel[(rows,)](
             _unit("tile", tile), tile.stride(0), _unit("teacher", teacher), teacher.stride(0), _unit("state", state),
-            state.stride(0), lse, teacher_lse, _vector(inv_temp, state), _vector(teacher_inv_temp, state), columns,
+            state.stride(0), _vector(inv_temp, state), _vector(teacher_inv_temp, state), columns,
             BETA=spec.beta, **_transforms(spec), ACC=_acc(state.dtype), BLOCK=BLOCK, WIDTH=_width(tile),
             num_warps=WARPS,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: ``burnish sft``, ``burnish objectives``, ``burnish doctor``.
+"""The command line: ``burnish sft``, ``burnish demo``, ``burnish objectives``, ``burnish doctor``.
 
 Bad input ends with one line on stderr, ``burnish: error: ...``, and exit code 2.  Subcommands import what
 they need when they run.
@@ -11,7 +11,9 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 
+from .methods.demo_options import DemoOptions
 from .methods.sft_options import OPTIONS, assignments, merge
 
 
@@ -64,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
             sft.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=option.help + shown)
     sft.add_argument("--objective-arg", action="append", metavar="KEY=VALUE", help="one argument; repeatable")
     sft.set_defaults(run=_sft)
+    demo = commands.add_parser("demo", help="a method at work on this machine, nothing fetched")
+    names = demo.add_subparsers(dest="name", required=True, metavar="NAME", parser_class=_Parser)
+    one = names.add_parser("sft", help="SmolLM2-135M learns a task by SFT and by Target-SFT", description=_demo.__doc__)
+    for field in fields(DemoOptions):
+        kind = type(field.default)
+        flag = f"--{field.name.replace('_', '-')}"
+        one.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=f"({field.default})")
+    one.set_defaults(run=_demo)
     commands.add_parser("objectives", help="list the objectives").set_defaults(run=_objectives)
     commands.add_parser("doctor", help="what is installed, and which backend serves each op").set_defaults(run=_doctor)
     return parser
@@ -87,14 +97,25 @@ def _sft(arguments: argparse.Namespace):
     return lambda: run_sft.train(trainer, data, checkpoint, broken, options)
 
 
+def _demo(arguments: argparse.Namespace):
+    """Fine-tune from the same weights by both objectives; accuracy under the task's verifier, loss curves,
+    peak memory against the materialised loss, tokens per second."""
+    options = DemoOptions(**{f.name: getattr(arguments, f.name) for f in fields(DemoOptions)}).check()
+    try:
+        from .methods import demo
+        from .methods.models import check_model_name
+    except ImportError as error:
+        raise ValueError(f"burnish demo needs its packages: pip install 'burnish[demo]' ({error})") from error
+    check_model_name(options.model)
+    return lambda: demo.run(options)
+
+
 def _objectives(_) -> None:
     """Print a row for each objective."""
     from .objectives import describe
 
     columns = ("name", "arguments", "needs", "trust", "residual", "paper")
     rows = [{c: c for c in columns}, *describe()]
-    for row in rows:  # annotations come as strings
-        row["arguments"] = row["arguments"].replace("'", "")
     widths = {c: max(len(r[c]) for r in rows) for c in columns}
     for row in rows:
         print("  ".join(row[c].ljust(widths[c]) for c in columns).rstrip())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,25 +18,12 @@ from .. import objectives
 from ..ops.linear_loss import linear_loss
 from ..ops.teacher import Teacher
 from .data import load_task
+from .demo_options import DemoOptions
 from .evaluate import accuracy
 from .measure import LiveBytes
 from .models import load_model
 
 TASK, TASK_ARGUMENTS = "word_sequence_reversal", {"min_words": 3, "max_words": 4}
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """What the demo runs; the defaults take about ten minutes on two cores."""
-
-    model: str = "smollm2"
-    steps: int = 50
-    batch_size: int = 16
-    learning_rate: float = 2e-4
-    eta: float = 0.1
-    problems: int = 128
-    seed: int = 1
-    output: str = "runs/demo-sft"
 
 
 def words(entry: dict) -> str:

@@ -83,7 +83,8 @@ def describe() -> list[dict[str, str]]:
             p.name: 0.5 for p in signature.parameters.values() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD
         }
         one = _REGISTRY[name](**required)
-        text = str(signature).split(" ->")[0]
+        plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        text = str(inspect.Signature(plain))
         rows.append({
             "name": name, "arguments": text, "weight": one.weight, "trust": one.trust, "residual": one.residual,
             "needs": ", ".join(sorted(one.needs)), "paper": one.paper,

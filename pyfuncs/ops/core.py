@@ -107,10 +107,9 @@ def fold(task: Task, spec: RowSpec, tile: torch.Tensor, teacher: torch.Tensor | 
     temps = {"inv_temp": rows.inv_temp, "teacher_inv_temp": rows.teacher_inv_temp}
     state = new_state(tile.shape[0], task.dtype, tile.device)
     task.kernels.fold(tile, teacher, state, rows.target, spec, **temps)
-    stats = finalize(state, replace(spec, stats=spec.stats - {"jsd"} | ({"teacher_lse"} if spec.has("jsd") else set())))
     if spec.has("jsd"):
-        task.kernels.fold_jsd(tile, teacher, state, stats["lse"], stats["teacher_lse"], spec, **temps)
-        stats = finalize(state, spec)
+        task.kernels.fold_jsd(tile, teacher, state, spec, **temps)
+    stats = finalize(state, spec)
     if task.teacher == "topk" and spec.has("teacher_logp"):
         # given log-probabilities are true ones: not to be renormalised over the K that were kept
         stats["teacher_logp"] = stats["teacher_logp"] + stats["teacher_lse"]

@@ -77,8 +77,7 @@ def run(what: str) -> None:
             if what == "fold":
                 rows_triton.fold(p.tile, p.teacher, state, p.target, spec, start=start, **temps)
             elif what == "jsd":
-                lse, t_lse = torch.zeros(3), torch.zeros(3)
-                rows_triton.fold_jsd(p.tile, p.teacher, state, lse, t_lse, spec, **temps)
+                rows_triton.fold_jsd(p.tile, p.teacher, state, spec, **temps)
             else:
                 rows_triton.grad(
                     p.tile, p.teacher, torch.zeros_like(p.tile), torch.zeros(len(COEF), 3), p.target, spec, start=start,

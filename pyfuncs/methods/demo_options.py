@@ -1,0 +1,32 @@
+"""The demo's options, apart from the demo so that the command line need not import a trainer to list them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What ``burnish demo sft`` runs; the defaults take about ten minutes on two cores."""
+
+    model: str = "smollm2"
+    steps: int = 50
+    batch_size: int = 16
+    learning_rate: float = 2e-4
+    eta: float = 0.1
+    problems: int = 128
+    seed: int = 1
+    output: str = "runs/demo-sft"
+
+    def check(self) -> DemoOptions:
+        """Itself; ValueError for a value that cannot be."""
+        for name in ("steps", "batch_size", "problems"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning-rate must be > 0; got {self.learning_rate}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1]; got {self.eta}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0; got {self.seed}")
+        return self
