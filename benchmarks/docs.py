@@ -1,7 +1,7 @@
 """Fill the generated parts of README and docs from the registry and from benchmarks/results/*.json.
 
-    python benchmarks/docs.py            # rewrite
-    python benchmarks/docs.py --check    # exit 1 if a page is stale
+python benchmarks/docs.py            # rewrite
+python benchmarks/docs.py --check    # exit 1 if a page is stale
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def objectives() -> str:
 
     rows = ["| name and arguments | weight | trust | residual | needs | source |", "|---|---|---|---|---|---|"]
     for r in o.describe():
-        cells = [f"`{r['name']}{r['arguments']}`", *(r[k].replace("|", "\\|") for k in ("weight", "trust", "residual", "needs", "paper"))]
+        columns = ("weight", "trust", "residual", "needs", "paper")
+        cells = [f"`{r['name']}{r['arguments']}`", *(r[k].replace("|", "\\|") for k in columns)]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

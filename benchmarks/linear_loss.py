@@ -93,7 +93,9 @@ def measure(n, h, v, dtype, device, repeats):
         }
         part = slice(0, min(n, 256))  # the fp64 reference of dW is costly: on the first rows
         exact_w = weight.double().requires_grad_()
-        exact = materialised_fp64(name, hidden[part].double(), exact_w, target[part], t_hidden[part].double(), t_weight.double())
+        exact = materialised_fp64(
+            name, hidden[part].double(), exact_w, target[part], t_hidden[part].double(), t_weight.double()
+        )
         (exact_dw,) = torch.autograd.grad(exact, exact_w)
         rows_out = {}
         for way, fn in ways.items():
@@ -133,7 +135,8 @@ def measure(n, h, v, dtype, device, repeats):
             out.append({"n": n, "h": h, "v": v, "dtype": str(dtype).split(".")[1], "objective": name, "way": way, **r})
             error = "-" if r["dw_error"] is None else f"{r['dw_error']:.1e}"
             extra = "-" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 2**20:.0f} MiB"
-            print(f"{n:>6} {out[-1]['dtype']:<9}{name:<12}{way:<13}{error:>9}{r['median'] * 1e3:>9.0f} ms{r['of_floor']:>7.2f} x{extra:>11}", flush=True)
+            cells = f"{n:>6} {out[-1]['dtype']:<9}{name:<12}{way:<13}{error:>9}{r['median'] * 1e3:>9.0f} ms"
+            print(f"{cells}{r['of_floor']:>7.2f} x{extra:>11}", flush=True)
     return out
 
 
@@ -158,7 +161,12 @@ def main() -> None:
             table += measure(*map(int, shape.split(",")), getattr(torch, dtype), options.device, options.repeats)
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     path = Path(__file__).parent / "results" / f"linear_loss_{name.replace(' ', '_').lower()}.json"
-    meta = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "burnish": burnish.__version__}
+    meta = {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "burnish": burnish.__version__,
+    }
     path.write_text(json.dumps({**meta, "rows": table}, indent=1))
     print(f"written: {path}")
 

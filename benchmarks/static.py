@@ -25,11 +25,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from burnish.kernels import rows_triton
-from burnish.kernels.contract import DIFFERENTIABLE, STATISTICS, RowSpec
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from burnish.kernels import rows_triton
+from burnish.kernels.contract import DIFFERENTIABLE, STATISTICS, RowSpec
 
 RESULTS = Path(__file__).parent / "results" / "static.json"
 

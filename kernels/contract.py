@@ -159,9 +159,7 @@ def finalize(state: torch.Tensor, spec: RowSpec) -> dict[str, torch.Tensor]:
     return out
 
 
-def coefficients(
-    stats: dict[str, torch.Tensor], upstream: dict[str, torch.Tensor], spec: RowSpec
-) -> torch.Tensor:
+def coefficients(stats: dict[str, torch.Tensor], upstream: dict[str, torch.Tensor], spec: RowSpec) -> torch.Tensor:
     """Fold the statistics' upstream gradients into the row scalars of ``grad``: (COEF_ROWS, N).
 
     ``upstream`` maps a differentiable statistic to dL/dstatistic, (N,); absent means zero.

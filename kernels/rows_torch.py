@@ -127,39 +127,40 @@ def fold(tile, teacher, state, target, spec: RowSpec, *, start=0, inv_temp=None,
                 s[S["t_label"]] = torch.where(inside, t.gather(1, at)[:, 0], s[S["t_label"]])
 
         zf = _finite(z) if spec.has("mean", "uniform", "mix", "cross") else None
-        names, payloads = ["z_sum"], [None]
+        sums: dict[str, object] = {"z_sum": None}
         if spec.has("mean"):
-            names.append("z_exp"), payloads.append(zf)
+            sums["z_exp"] = zf
         if spec.has("square"):
-            names.append("p_square"), payloads.append(_SQUARE)
+            sums["p_square"] = _SQUARE
         if spec.has("other"):
-            names.append("t_exp"), payloads.append(_finite(t))
-        _merge(s, "z_max", names, payloads, z)
-        if spec.has("uniform"):
+            sums["t_exp"] = _finite(t)
+        _merge(s, "z_max", sums, z)
+        if zf is not None and spec.has("uniform"):
             s[S["z_total"]] += zf.sum(1)
             s[S["z_count"]] += (z != float("-inf")).sum(1).to(dtype)
         if spec.has("mix"):
-            _merge(s, "m_max", ["m_sum", "m_exp"], [None, zf], _mix(z, t, spec))
+            _merge(s, "m_max", {"m_sum": None, "m_exp": zf}, _mix(z, t, spec))
         if spec.folds_teacher:
-            names, payloads = ["t_sum"], [None]
+            sums = {"t_sum": None}
             if spec.has("cross"):
-                names.append("t_z"), payloads.append(zf)
+                sums["t_z"] = zf
             if spec.has("teacher_entropy"):
-                names.append("t_t"), payloads.append(_finite(t))
-            _merge(s, "t_max", names, payloads, t)
+                sums["t_t"] = _finite(t)
+            _merge(s, "t_max", sums, t)
 
 
-def _merge(s, max_name, names, payloads, x):
-    new_max, sums = _online(x, s[S[max_name]], payloads, [s[S[n]] for n in names])
+def _merge(s, max_name, sums, x):
+    """Fold x (n, V) into the running maximum and the sums e^x times payload; None stands for 1."""
+    new_max, values = _online(x, s[S[max_name]], sums.values(), [s[S[n]] for n in sums])
     s[S[max_name]] = new_max
-    for name, value in zip(names, sums, strict=True):
+    for name, value in zip(sums, values, strict=True):
         s[S[name]] = value
 
 
 _NORMS = ("z_max", "z_log", "t_max", "t_log")
 
 
-def _log_ratio(z, t, z_max, z_log, t_max, t_log, beta):
+def _log_ratio(z, t, beta, z_max, z_log, t_max, t_log):
     """log p, log T and log M with M = beta T + (1 - beta) p, each (n, V)."""
     logp, logt = z - z_max[:, None] - z_log[:, None], t - t_max[:, None] - t_log[:, None]
     log_beta = math.log(beta) if beta > 0.0 else -math.inf
@@ -178,7 +179,7 @@ def fold_jsd(tile, teacher, state, spec: RowSpec, *, inv_temp=None, teacher_inv_
     norms = [state[S["z_max"]], state[S["z_sum"]].log(), state[S["t_max"]], state[S["t_sum"]].log()]
     for block in _blocks(rows, columns, state.element_size()):
         z, t, _ = _pair(tile, teacher, block, state.dtype, spec, inv_temp, teacher_inv_temp)
-        logp, logt, logm = _log_ratio(z, t, *(norm[block] for norm in norms), spec.beta)
+        logp, logt, logm = _log_ratio(z, t, spec.beta, *(norm[block] for norm in norms))
         state[S["jsd_t"], block] += torch.linalg.vecdot(logt.exp(), _minus(logt, logm))
         state[S["jsd_p"], block] += torch.linalg.vecdot(logp.exp(), _minus(logp, logm))
 
@@ -237,7 +238,7 @@ def grad(
         if used["u"]:
             dz.add_(col("u"))
         if used["g"]:
-            logp, _, logm = _log_ratio(z, t, *(k[C[n]] for n in _NORMS), spec.beta)
+            logp, _, logm = _log_ratio(z, t, spec.beta, *(k[C[n]] for n in _NORMS))
             ratio = _minus(logp, logm).sub_(col("jsd_p"))
             dz.addcmul_(ratio.mul_(logp.exp_()), col("g"))
         dz.scatter_add_(1, at, torch.where(inside, k[C["label"]], 0.0)[:, None])

@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     for field in fields(DemoOptions):
         kind = type(field.default)
         flag = f"--{field.name.replace('_', '-')}"
-        one.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=f"({field.default})")
+        one.add_argument(
+            flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=f"({field.default})"
+        )
     one.set_defaults(run=_demo)
     commands.add_parser("objectives", help="list the objectives").set_defaults(run=_objectives)
     commands.add_parser("doctor", help="what is installed, and which backend serves each op").set_defaults(run=_doctor)

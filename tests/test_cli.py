@@ -14,6 +14,7 @@ pytest.importorskip("trl")
 
 import tiny_models as tiny
 import torch
+
 from burnish.cli import main
 from burnish.methods import sft_options
 

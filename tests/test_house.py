@@ -50,7 +50,17 @@ assert burnish.kernels is not kernels
     assert "ModuleNotFoundError" in run("import burnish, kernels").stderr
 
 
-FLOORS = {"kernels": 0, "reference": 0, "objectives": 0, "ops": 1, "chunkft": 2, "tokens": 2, "paths": 2, "methods": 3, "cli": 4}
+FLOORS = {
+    "kernels": 0,
+    "reference": 0,
+    "objectives": 0,
+    "ops": 1,
+    "chunkft": 2,
+    "tokens": 2,
+    "paths": 2,
+    "methods": 3,
+    "cli": 4,
+}
 
 
 def floor_of(path):
@@ -106,7 +116,9 @@ def test_the_objectives_names_match_the_contract():
 def test_wheel_has_every_module(tmp_path):
     """The built wheel, unpacked elsewhere, imports: no file of the package mapping is missing."""
     source = tmp_path / "src"
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\0")
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split("\0")
     for name in filter(None, files):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)

@@ -80,15 +80,30 @@ def run(options: DemoOptions) -> dict:
         trainer = TargetSFTTrainer(
             model,
             SFTConfig(
-                output_dir=str(out / name), max_steps=options.steps, per_device_train_batch_size=options.batch_size,
-                learning_rate=options.learning_rate, lr_scheduler_type="linear", warmup_steps=5, adam_beta2=0.95,
-                logging_steps=1, save_strategy="no", report_to="none", seed=options.seed, completion_only_loss=True,
-                gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), bf16=False, disable_tqdm=False,
+                output_dir=str(out / name),
+                max_steps=options.steps,
+                per_device_train_batch_size=options.batch_size,
+                learning_rate=options.learning_rate,
+                lr_scheduler_type="linear",
+                warmup_steps=5,
+                adam_beta2=0.95,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                seed=options.seed,
+                completion_only_loss=True,
+                gradient_checkpointing=False,
+                use_cpu=not torch.cuda.is_available(),
+                bf16=False,
+                disable_tqdm=False,
                 dataloader_pin_memory=False,
-            ),  # fmt: skip
-            train_dataset=Dataset.from_list(train), processing_class=tokenizer, objective=name,
-            objective_args=arguments, teacher_model=teacher,
-        )  # fmt: skip
+            ),
+            train_dataset=Dataset.from_list(train),
+            processing_class=tokenizer,
+            objective=name,
+            objective_args=arguments,
+            teacher_model=teacher,
+        )
         trainer.train()
         seconds = trainer.state.log_history[-1]["train_runtime"]
         logs = [x for x in trainer.state.log_history if "loss" in x]
@@ -152,8 +167,8 @@ def memory(model, tokens: int = 1024) -> list[dict]:
             h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
             with LiveBytes() as counter:
                 function(h, w).backward()
-            entry[kind] = counter.peak - sum(x.grad.numel() * x.grad.element_size() for x in (h, w))
-            grads[kind] = (h.grad, w.grad)
+            grads[kind] = [x.grad for x in (h, w) if x.grad is not None]
+            entry[kind] = counter.peak - sum(g.numel() * g.element_size() for g in grads[kind])
         entry["gradient_error"] = max(
             float((a - b).norm() / b.norm()) for a, b in zip(grads["fused"], grads["materialised"], strict=True)
         )

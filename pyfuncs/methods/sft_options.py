@@ -193,7 +193,7 @@ def _loader() -> type:
 
 
 def did_you_mean(name: str, known) -> str:
-    """", did you mean ...?" or nothing."""
+    """ ", did you mean ...?" or nothing."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f"; did you mean {', '.join(close)}?" if close else ""
 

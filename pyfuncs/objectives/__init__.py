@@ -80,7 +80,9 @@ def describe() -> list[dict[str, str]]:
     for name in names():
         signature = inspect.signature(_REGISTRY[name])
         required = {
-            p.name: 0.5 for p in signature.parameters.values() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD
+            p.name: 0.5
+            for p in signature.parameters.values()
+            if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD
         }
         one = _REGISTRY[name](**required)
         plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
@@ -93,8 +95,42 @@ def describe() -> list[dict[str, str]]:
 
 
 __all__ = [
-    "STATISTICS", "Objective", "RowStats", "describe", "get", "names", "objective", "register",
-    "asft", "beyond_log", "cft", "confidence_penalty", "deft", "dft", "eaft", "focal", "gce", "gem", "gift",
-    "idft", "iw_sft", "jsd", "kd", "kd_hybrid", "label_smoothing", "mae", "nll", "on_policy_distillation", "poly",
-    "prift", "profit", "psft", "reverse_kl", "rho1", "sft_kl", "talr", "target_sft", "unlikelihood",
+    "STATISTICS",
+    "Objective",
+    "RowStats",
+    "asft",
+    "beyond_log",
+    "cft",
+    "confidence_penalty",
+    "deft",
+    "describe",
+    "dft",
+    "eaft",
+    "focal",
+    "gce",
+    "gem",
+    "get",
+    "gift",
+    "idft",
+    "iw_sft",
+    "jsd",
+    "kd",
+    "kd_hybrid",
+    "label_smoothing",
+    "mae",
+    "names",
+    "nll",
+    "objective",
+    "on_policy_distillation",
+    "poly",
+    "prift",
+    "profit",
+    "psft",
+    "register",
+    "reverse_kl",
+    "rho1",
+    "sft_kl",
+    "talr",
+    "target_sft",
+    "unlikelihood",
 ]  # fmt: skip

@@ -45,7 +45,7 @@ def jsd(beta: float = 0.5) -> Objective:
     libraries' convention; the limits of the formula itself are 0, so there is a jump at both ends.
     """
     _range("jsd", "beta", beta, 0.0, 1.0)
-    about = {"paper": "arXiv 2306.13649", "params": {"beta": beta}, "weight": "1", "trust": "0"}
+    about: dict = {"paper": "arXiv 2306.13649", "params": {"beta": beta}, "weight": "1", "trust": "0"}
     if beta == 0.0:
         return Objective("jsd", _forward_kl, _KL_STATS, residual="T", **about)
     if beta == 1.0:

@@ -245,7 +245,8 @@ def target_sft(eta: float, trust: float | None = None) -> Objective:
             logp = s.logp.detach()
             gamma, rest = logp.exp(), _one_minus_exp(logp)
         else:
-            gamma, rest = trust, 1.0 - trust
+            gamma = torch.full_like(s.logp, trust)
+            rest = 1.0 - gamma
         return -gamma * s.logp + rest * (s.lse - s.mix)
 
     return Objective(

@@ -46,7 +46,7 @@ class Rows:
 
     def at(self, index: slice | torch.Tensor) -> Rows:
         """The rows of a slice or an index."""
-        return Rows(**{k: None if v is None else v[index] for k, v in vars(self).items()})
+        return replace(self, **{k: v[index] for k, v in vars(self).items() if v is not None})
 
 
 @dataclass
@@ -125,10 +125,12 @@ def fold(task: Task, spec: RowSpec, tile: torch.Tensor, teacher: torch.Tensor | 
 
 def couple(task: Task, stats: dict, rows: Rows) -> torch.Tensor:
     """Objective.couple over the rows that count; 0 for the others.  stats are of all rows."""
+    assert task.objective.couple is not None
     weight = task.objective.couple(_view(stats, rows))
     if weight.shape != rows.target.shape:
         raise ValueError(
-            f"objective {task.objective.name!r}: couple must return {tuple(rows.target.shape)}; got {tuple(weight.shape)}"
+            f"objective {task.objective.name!r}: couple must return shape {tuple(rows.target.shape)}; "
+            f"got {tuple(weight.shape)}"
         )
     return weight.to(task.dtype)
 
@@ -152,14 +154,14 @@ def evaluate(task: Task, tile, teacher, rows: Rows, *, gradients: bool):
         with torch.enable_grad():
             leaves = {k: visible[k].detach().requires_grad_() for k in DIFFERENTIABLE if k in visible}
             loss = o(_view({**visible, **leaves}, rows))
-            given = [None] * len(leaves)
+            given: tuple = (None,) * len(leaves)
             if loss.requires_grad:  # an objective may be constant
                 given = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
         loss = loss.detach()
         upstream = {k: g for k, g in zip(leaves, given, strict=True) if g is not None}
         ids_grad = upstream.pop("ids", None)
         coef = scale_coefficients(coefficients(stats, upstream, task.spec), rows.factor)
-        if ids_grad is not None:
+        if ids_grad is not None and rows.ids is not None:
             ids_grad = torch.where(live[:, None] & (rows.ids >= 0), ids_grad * rows.factor[:, None], 0.0)
     else:
         loss = o(_view(visible, rows))

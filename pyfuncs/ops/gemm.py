@@ -20,7 +20,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def mode(weight_dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device) -> str:
-    """"native": operands are accumulators already; "mixed": fp32 out of low precision; "upcast": slabs."""
+    """ "native": operands are accumulators already; "mixed": fp32 out of low precision; "upcast": slabs."""
     if weight_dtype == compute_dtype == accumulator(compute_dtype):
         return "native"
     return "mixed" if device.type == "cuda" else "upcast"

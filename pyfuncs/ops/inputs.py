@@ -92,9 +92,7 @@ def prepare(
         token_weight = _rows("token_weight", token_weight, target, any_device=True).detach()
     if ids is not None:
         if ids.dtype != torch.int64 or ids.shape[:-1] != target.shape:
-            raise ValueError(
-                f"ids must be int64 of shape {(*target.shape, 'K')}; got {ids.dtype} {tuple(ids.shape)}"
-            )
+            raise ValueError(f"ids must be int64 of shape {(*target.shape, 'K')}; got {ids.dtype} {tuple(ids.shape)}")
         if ids.device != device:
             raise ValueError(f"ids must be on {device}; got {ids.device}")
         ids = ids.reshape(n, ids.shape[-1])

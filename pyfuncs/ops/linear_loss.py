@@ -8,8 +8,6 @@ upstream gradient.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -108,7 +106,9 @@ def linear_loss(
     if torch.is_autocast_enabled(device):
         compute = torch.get_autocast_dtype(device)
     elif hidden.dtype != weight.dtype:
-        raise TypeError(f"hidden and weight must have one dtype outside autocast; got {hidden.dtype} and {weight.dtype}")
+        raise TypeError(
+            f"hidden and weight must have one dtype outside autocast; got {hidden.dtype} and {weight.dtype}"
+        )
     else:
         compute = hidden.dtype
     if num_valid is None:
@@ -138,8 +138,8 @@ def linear_loss(
     loss, table, *_ = op(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, c.target, c.token_weight, c.temperature, c.denominator,
         c.ids, c.sequence, c.teacher, objective.key, c.teacher_kind, c.tail, t.scale, t.softcap, t.teacher_scale,
-        t.teacher_softcap, t.teacher_temperature, c.flat_temperature, ignore_index, valid, -1 if budget is None else budget,
-        needs, compute, reduction, c.metrics, backend,
+        t.teacher_softcap, t.teacher_temperature, c.flat_temperature, ignore_index, valid,
+        -1 if budget is None else budget, needs, compute, reduction, c.metrics, backend,
     )  # fmt: skip
     return unpack(loss, table, target.shape, reduction, c.metrics)
 
@@ -161,9 +161,13 @@ class _Pass:
         )  # fmt: skip
         check_labels(target, weight.shape[0], ignore_index)
         self.index = _kept(target, token_weight, ignore_index, num_valid, device)
-        moved = [None if x is None else x.to(device, non_blocking=True) for x in (target, token_weight, temperature, sequence)]
+        moved = [
+            None if x is None else x.to(device, non_blocking=True)
+            for x in (target, token_weight, temperature, sequence)
+        ]
         rows = make_rows(
-            task, moved[0], moved[1], ignore_index, moved[2], flat_temperature, transforms.teacher_temperature, ids, moved[3],
+            task, moved[0], moved[1], ignore_index, moved[2], flat_temperature, transforms.teacher_temperature, ids,
+            moved[3],
         )  # fmt: skip
         self.all_rows = rows
         if self.index is not None:
@@ -185,7 +189,8 @@ class _Pass:
             rows=hidden.shape[0], vocabulary=weight.shape[0], hidden=hidden.shape[1],
             teacher_hidden=teacher[0].shape[1] if teacher_kind == "hidden" else 0, weight_dtype=weight.dtype,
             compute_dtype=compute_dtype, device=device, teacher=teacher_kind, weight_grad=bool(needs & WEIGHT_GRAD),
-            bias_grad=bool(needs & BIAS_GRAD), backend=dispatch.resolve(backend, device), budget=None if budget < 0 else budget,
+            bias_grad=bool(needs & BIAS_GRAD), backend=dispatch.resolve(backend, device),
+            budget=None if budget < 0 else budget,
             teacher_itemsize=teacher[0].element_size() if teacher_kind == "logits" else 4,
         )  # fmt: skip
         size = min(self.geometry.rows, self.count)
@@ -193,7 +198,8 @@ class _Pass:
         self.out = self.tile
         if self.head.mode == "mixed" and needs:
             self.out = torch.empty(self.tile.shape, dtype=self.head.operand, device=device)
-        self.teacher_tile = torch.empty_like(self.tile) if teacher_kind in ("hidden", "topk") else None
+        # with a teacher's head or list its logits need a tile of their own
+        self.teacher_tile = self.tile.new_empty(self.tile.shape if teacher_kind in ("hidden", "topk") else (0,))
 
     real: Tensor | None = None
 
@@ -215,10 +221,12 @@ class _Pass:
             t = self._take(self.teacher[0], part)
             return x, tile, t if t.stride(1) == 1 else t.contiguous(), rows
         t = self.teacher_tile[: x.shape[0]]
-        if self.task.teacher == "hidden":
+        if self.teacher_head is not None:
             self.teacher_head.project(self._take(self.teacher[0], part).to(self.teacher_head.operand), t)
         else:
-            dense_teacher(self.task, t, tile, self._take(self.teacher[0], part), self._take(self.teacher[1], part), rows)
+            dense_teacher(
+                self.task, t, tile, self._take(self.teacher[0], part), self._take(self.teacher[1], part), rows
+            )
         return x, tile, t, rows
 
     def start_gradients(self):
@@ -308,7 +316,7 @@ def _forward(
     losses = walk.rows.factor.new_zeros(walk.count)
     table = losses.new_zeros(len(task.metrics), walk.count)
     coefs = losses.new_zeros(len(COEF) if needs and not now else 0, walk.count)
-    width = ids.shape[1] if reads_ids(objective) and needs and not now else 0
+    width = ids.shape[1] if ids is not None and reads_ids(objective) and needs and not now else 0
     ids_grads = losses.new_zeros(walk.count, width)
     if now:
         walk.start_gradients()
@@ -362,7 +370,11 @@ def _(hidden, weight, bias, target, token_weight, temperature, denominator, ids,
     dx = hidden.new_empty(hidden.shape if now and needs & HIDDEN_GRAD else (0,))
     dw = weight.new_empty(weight.shape if now and needs & WEIGHT_GRAD else (0,))
     wants_bias = now and needs & BIAS_GRAD
-    db = bias.new_empty(bias.shape) if wants_bias else hidden.new_empty((0,), dtype=_empty_bias(bias, now, hidden, dtype))
+    db = (
+        bias.new_empty(bias.shape)
+        if wants_bias
+        else hidden.new_empty((0,), dtype=_empty_bias(bias, now, hidden, dtype))
+    )
     coef = hidden.new_empty((len(COEF) if later else 0, n), dtype=dtype)
     ids_grad = hidden.new_empty(tuple(ids.shape) if later and reads_ids(objective) else (0, 0), dtype=dtype)
     return loss, hidden.new_empty((count, n), dtype=dtype), dx, dw, db, coef, ids_grad
@@ -421,7 +433,7 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, upstream, *_, eager: bool = False):
-    rest = [None] * (ctx.inputs - 3)
+    rest: list = [None] * (ctx.inputs - 3)
     rest[6] = [None] * ctx.teachers
     if upstream is None:
         return None, None, None, *rest
@@ -455,6 +467,5 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        grads = list(without_autocast(_backward)(ctx, *upstream, eager=True))
-        grads[9] = None  # a list of tensors is no input that autograd knows
-        return tuple(grads)
+        grads = without_autocast(_backward)(ctx, *upstream, eager=True)
+        return *grads[:9], None, *grads[10:]  # a list of tensors is no input that autograd knows

@@ -202,7 +202,7 @@ def _(upstream, coef, ids_grad, logits, *args):
 
 def _keep(ctx, inputs, output):
     (logits, target, token_weight, temperature, _, ids, _, teacher, *options) = inputs
-    loss, table, coef, ids_grad = output
+    _, table, coef, ids_grad = output
     ctx.save_for_backward(logits, target, token_weight, temperature, ids, coef, ids_grad, *teacher)
     ctx.options = options
     ctx.set_materialize_grads(False)
@@ -233,9 +233,8 @@ class _RowLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        grads = list(without_autocast(_backward)(ctx, *upstream))
-        grads[7] = None  # a list of tensors is no input that autograd knows
-        return tuple(grads)
+        grads = without_autocast(_backward)(ctx, *upstream)
+        return *grads[:7], None, *grads[8:]  # a list of tensors is no input that autograd knows
 
 
 def implied_target(logits: Tensor, target: Tensor, objective, **arguments) -> Tensor:

@@ -48,7 +48,9 @@ class Teacher:
         }
         begun = [name for name, parts in forms.items() if any(p is not None for p in parts)]
         if len(begun) != 1:
-            raise ValueError(f"Teacher takes exactly one of: hidden and weight; logits; ids and logp; got {begun or 'none'}")
+            raise ValueError(
+                f"Teacher takes exactly one of: hidden and weight; logits; ids and logp; got {begun or 'none'}"
+            )
         if any(p is None for p in forms[begun[0]]):
             raise ValueError(f"Teacher needs both {begun[0]}")
         if self.bias is not None and self.weight is None:
@@ -107,7 +109,9 @@ def cut(teacher: list[torch.Tensor], kind: str, vocabulary: int) -> list[torch.T
 
     Called inside the ops: a warning is a side effect that torch.compile would not trace.
     """
-    size = {"hidden": lambda: teacher[1].shape[0], "logits": lambda: teacher[0].shape[1]}.get(kind, lambda: vocabulary)()
+    size = {"hidden": lambda: teacher[1].shape[0], "logits": lambda: teacher[0].shape[1]}.get(
+        kind, lambda: vocabulary
+    )()
     if size == vocabulary:
         return teacher
     if (size, vocabulary) not in _warned_vocabularies:

@@ -6,6 +6,7 @@ import itertools
 from types import SimpleNamespace
 
 import torch
+
 from burnish.kernels import rows_torch
 from burnish.kernels.contract import DIFFERENTIABLE, MASKED, RowSpec, coefficients, finalize, new_state
 from burnish.reference.row_stats import row_stats, transform

@@ -20,11 +20,12 @@ import torch
 import triton
 import triton.language as tl
 import triton_viz
-from burnish.kernels import rows_triton
-from burnish.kernels.contract import COEF, STATISTICS, new_state
 from rowcheck import problem, spec_of
 from triton_viz.clients import Sanitizer
 from triton_viz.core.trace import launches
+
+from burnish.kernels import rows_triton
+from burnish.kernels.contract import COEF, STATISTICS, new_state
 
 
 @triton.jit

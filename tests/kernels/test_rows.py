@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 from types import SimpleNamespace
 
-import burnish
 import pytest
 import torch
+from rowcheck import BASE, check, expected, fold, grad, problem, spec_of
+
+import burnish
 from burnish import Teacher, objectives
 from burnish.kernels import rows_torch, rows_triton
 from burnish.kernels.contract import DIFFERENTIABLE, STATISTICS
 from burnish.ops import core
-from rowcheck import BASE, check, expected, fold, grad, problem, spec_of
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rowcheck import FOLDED, check, expected, fold, grad, problem, spec_of
+
 from burnish.kernels import rows_torch, rows_triton
 from burnish.kernels.contract import COEF, MASKED, STATE, new_state
-from rowcheck import FOLDED, check, expected, fold, grad, problem, spec_of
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 

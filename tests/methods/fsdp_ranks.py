@@ -6,13 +6,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import burnish
 import tiny_models as tiny
 import torch
 import torch.distributed as dist
-from burnish.methods import fuse_lm_head
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+import burnish
+from burnish.methods import fuse_lm_head
 
 
 def check(own_unit: bool, tied: bool) -> None:

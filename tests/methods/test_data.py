@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from burnish.methods.data import FileData, load_data, read_jsonl
 
 GOOD = {

@@ -2,10 +2,11 @@
 
 from typing import ClassVar
 
-import burnish
 import pytest
 import tiny_models as tiny
 import torch
+
+import burnish
 from burnish.methods import accuracy, fuse_lm_head
 
 

@@ -2,11 +2,9 @@
 
 import copy
 
-import burnish
 import pytest
 import tiny_models as tiny
 import torch
-from burnish.methods.fused_head import FusedLossOutput, fuse_lm_head
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -19,6 +17,9 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )  # fmt: skip
+
+import burnish
+from burnish.methods.fused_head import FusedLossOutput, fuse_lm_head
 
 SMALL = dict(
     vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

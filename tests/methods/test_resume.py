@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import tiny_models as tiny
 import torch
+from safetensors.torch import load_file
+
 from burnish.cli import main
 from burnish.methods import checkpoints
-from safetensors.torch import load_file
 
 
 def command(model: str, data: str, output: Path, *more: str) -> list[str]:

@@ -3,15 +3,16 @@
 import copy
 import warnings
 
-import burnish
 import pytest
 import tiny_models as tiny
 import torch
-from burnish.methods import TargetSFTTrainer, fuse_lm_head
-from burnish.methods.rules import check_labels, check_tokenizers
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+
+import burnish
+from burnish.methods import TargetSFTTrainer, fuse_lm_head
+from burnish.methods.rules import check_labels, check_tokenizers
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -235,9 +235,7 @@ def test_psft_clips_only_above():
     for ratio, zero in ((1.5, True), (1.29, True), (1.27, False), (0.5, False)):
         ids, old = y[:, None], (logp - math.log(ratio))[:, None]
         zr = z.clone().requires_grad_()
-        loss = row_loss(
-            zr, y, objectives.psft(), teacher=Teacher(ids=ids, logp=old, tail="zero"), reduction="none"
-        )
+        loss = row_loss(zr, y, objectives.psft(), teacher=Teacher(ids=ids, logp=old, tail="zero"), reduction="none")
         (g,) = torch.autograd.grad(loss.sum(), zr)
         if zero:
             assert torch.equal(g, torch.zeros_like(g))

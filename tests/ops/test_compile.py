@@ -87,7 +87,9 @@ def test_opcheck(name, arguments, reduction):
     )  # fmt: skip
     torch.library.opcheck(linear_module._linear_loss, args)
     z = torch.randn(10, 50, requires_grad=True)
-    args = arguments_of(row_module, "row", lambda: row_loss(z, target, o, reduction=reduction, metrics=("entropy",), **extra))
+    args = arguments_of(
+        row_module, "row", lambda: row_loss(z, target, o, reduction=reduction, metrics=("entropy",), **extra)
+    )
     torch.library.opcheck(row_module._row_loss, args)
 
 

@@ -55,7 +55,9 @@ def test_every_objective(ident, name, arguments, dtype, backend):
     assert relative(dz, want) <= tol
     for reduction in ("sum", "none"):
         leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
-        got = linear_loss(*leaves[:2], target, o, bias=leaves[2], reduction=reduction, backend=backend, **cast(extra, dtype))
+        got = linear_loss(
+            *leaves[:2], target, o, bias=leaves[2], reduction=reduction, backend=backend, **cast(extra, dtype)
+        )
         assert relative(got.sum(), loss.sum()) <= tol
         # the products round the logits before the objective sees them
         slack = 1 if dtype == torch.float64 else 5
@@ -79,7 +81,9 @@ def test_low_precision_beats_plain_torch(name, dtype, backend):
     plain_loss = reference.row_loss(z, target, o, teacher=tz)
     plain = torch.autograd.grad(plain_loss.sum(), leaves)
     ours = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-    got = linear_loss(*ours[:2], target, o, bias=ours[2], reduction="sum", backend=backend, budget=_budget(ours, extra, 7), **extra)
+    got = linear_loss(
+        *ours[:2], target, o, bias=ours[2], reduction="sum", backend=backend, budget=_budget(ours, extra, 7), **extra
+    )
     assert got.dtype == torch.float32
     assert relative(got, loss.sum()) <= max(relative(plain_loss.sum(), loss.sum()), 1e-5)
     for a, b, p in zip(torch.autograd.grad(got, ours), want, plain, strict=True):
@@ -133,7 +137,9 @@ def test_gradcheck_and_per_row_upstream():
         for o in (NLL, objectives.gem(0.5), objectives.deft(), objectives.confidence_penalty()):
             if o.name in ("gem", "deft"):  # constants inside: not the derivative of the value
                 continue
-            fn = lambda h, w, b, o=o, r=reduction: linear_loss(h, w, target, o, bias=b, reduction=r, softcap=5.0, temperature=1.3)  # noqa: E731
+            fn = lambda h, w, b, o=o, r=reduction: linear_loss(
+                h, w, target, o, bias=b, reduction=r, softcap=5.0, temperature=1.3
+            )  # noqa: E731
             assert torch.autograd.gradcheck(fn, (hidden, weight, bias))
     up = torch.randn(4, dtype=torch.float64)
     a = torch.autograd.grad(linear_loss(hidden, weight, target, NLL, reduction="none"), (hidden, weight), up)
@@ -268,7 +274,9 @@ def test_num_items_and_gradient_accumulation():
     count = (target != -100).sum()
     whole = torch.autograd.grad(linear_loss(hidden, weight, target, NLL), (hidden, weight))
     for given in (count, int(count), count.double()):
-        parts = sum(linear_loss(hidden[i : i + 4], weight, target[i : i + 4], NLL, num_items=given) for i in range(0, 12, 4))
+        parts = sum(
+            linear_loss(hidden[i : i + 4], weight, target[i : i + 4], NLL, num_items=given) for i in range(0, 12, 4)
+        )
         split = torch.autograd.grad(parts, (hidden, weight))
         for a, b in zip(split, whole, strict=True):
             assert relative(a, b) < 1e-12
@@ -282,7 +290,9 @@ def test_token_weight():
     want = (per * w).sum() / 8  # weights scale, labels that count divide
     got = linear_loss(hidden, weight, target, NLL, token_weight=w)
     assert torch.allclose(got, want)
-    for a, b in zip(torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, (hidden, weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, (hidden, weight)), strict=True
+    ):
         assert relative(a, b) < 1e-12
     bad = hidden.detach().clone()
     bad[0] = float("nan")  # weight 0: not even read
@@ -333,7 +343,9 @@ def test_transforms(backend):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         teacher = Teacher(hidden=t.hidden, weight=t.weight, bias=t.bias, scale=0.5, softcap=4.0, temperature=1.7)
         kw = {"scale": 1.3, "softcap": 3.0, "temperature": temperature}
-        got = linear_loss(*leaves[:2], target, o, bias=leaves[2], reduction="sum", teacher=teacher, backend=backend, **kw)
+        got = linear_loss(
+            *leaves[:2], target, o, bias=leaves[2], reduction="sum", teacher=teacher, backend=backend, **kw
+        )
         ref_leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         z = ref_leaves[0] @ ref_leaves[1].T + ref_leaves[2]
         want = reference.row_loss(
@@ -576,7 +588,9 @@ def test_bad_arguments_name_themselves():
 
 def test_deterministic_and_batch_invariant():
     """The same rows in another order or company: the same losses and the same dX, to the bit."""
-    o, hidden, weight, bias, target, extra = cases.problem("target_sft", {"eta": 0.5}, n=12, v=67, dtype=torch.float32, ignored=False)
+    o, hidden, weight, bias, target, extra = cases.problem(
+        "target_sft", {"eta": 0.5}, n=12, v=67, dtype=torch.float32, ignored=False
+    )
     t = extra["teacher"]
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
 
