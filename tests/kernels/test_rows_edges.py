@@ -67,7 +67,7 @@ def test_empty_tiles_change_nothing(kernels, shape, device):
     state = new_state(shape[0], torch.float64, p.tile.device)
     before = state.clone()
     kernels.fold(p.tile, p.teacher, state, p.target, spec)
-    kernels.fold_jsd(p.tile, p.teacher, state, state[0], state[0], spec)
+    kernels.fold_jsd(p.tile, p.teacher, state, spec)
     assert torch.equal(state.nan_to_num(), before.nan_to_num())
     out = torch.empty_like(p.tile)
     coef = state.new_zeros(len(COEF), shape[0])
@@ -275,7 +275,7 @@ def test_grids_stay_within_the_limits(monkeypatch, rows, columns):
     state, coef = torch.zeros(len(STATE), rows), torch.zeros(len(COEF), rows)
     target = torch.zeros(1, dtype=torch.long).expand(rows)
     rows_triton.fold(tile, tile, state, target, spec_of("jsd"))
-    rows_triton.fold_jsd(tile, tile, state, state[0], state[0], spec_of("jsd"))
+    rows_triton.fold_jsd(tile, tile, state, spec_of("jsd"))
     rows_triton.grad(tile, tile, tile, coef, target, spec_of("jsd"))
     assert [len(g) for g in grid.grids] == [1, 1, 2]
     assert all(g[0] == rows for g in grid.grids)
