@@ -57,7 +57,7 @@ def problem(name: str, arguments: dict, n=7, v=37, *, h=11, seed=0, dtype=torch.
         extra["teacher"] = Teacher(hidden=rand(n, h + 2), weight=rand(v, h + 2, scale=0.7), bias=rand(v))
     if "ids" in o.needs:
         ids = torch.randint(0, v, (n, 3), generator=g)
-        ids[0, 1] = -1
+        ids[:1, 1] = -1
         extra["ids"] = ids
     if "sequences" in o.needs:
         extra["sequences"] = torch.arange(n) // 3

@@ -114,13 +114,21 @@ def eaft(k: int = 20, power: float = 1.0) -> Objective:
     )  # fmt: skip
 
 
-def _segment_mean(values: torch.Tensor, s: RowStats) -> torch.Tensor:
-    """Mean over the valid rows of each row's sequence, spread back over the rows: (N,)."""
-    # a sequence id need not be dense; unique's inverse is, and its size bounds the number of segments
-    segment = torch.unique(s.sequence, return_inverse=True)[1]
+def _segments(s: RowStats) -> torch.Tensor:
+    """Each row's sequence as a number below N, whatever ids the caller gave; no device sync: (N,) int64."""
+    order = torch.argsort(s.sequence, stable=True)
+    ids = s.sequence[order]
+    new = torch.zeros_like(ids)
+    new[1:] = (ids[1:] != ids[:-1]).to(ids.dtype)
+    return torch.empty_like(ids).scatter_(0, order, new.cumsum(0))
+
+
+def _segment_means(values: torch.Tensor, s: RowStats) -> tuple[torch.Tensor, torch.Tensor]:
+    """(means, segment): the mean of each sequence over its valid rows, NaN where it has none, at its number."""
+    segment = _segments(s)
     total = torch.zeros_like(values).index_add_(0, segment, torch.where(s.valid, values, 0.0))
     count = torch.zeros_like(values).index_add_(0, segment, s.valid.to(values.dtype))
-    return (total / count.clamp(min=1))[segment]
+    return torch.where(count > 0, total / count, torch.nan), segment
 
 
 def iw_sft(temperature: float = 1.0, clip: float = 16.0) -> Objective:
@@ -131,7 +139,8 @@ def iw_sft(temperature: float = 1.0, clip: float = 16.0) -> Objective:
     """
 
     def couple(s: RowStats) -> torch.Tensor:
-        return (temperature * _segment_mean(s.logp - s.teacher_logp, s)).exp().clamp(0.0, clip)
+        means, segment = _segment_means(s.logp - s.teacher_logp, s)
+        return (temperature * means[segment]).exp().clamp(0.0, clip)
 
     return Objective(
         "iw_sft", lambda s: -s.weight * s.logp, ("logp",), couple=couple, couple_stats=("logp", "teacher_logp"),
@@ -345,12 +354,8 @@ def talr(tau: float | None = None, floor: float = 0.01) -> Objective:
         if tau is not None:
             t = torch.as_tensor(tau, dtype=s.logp.dtype, device=s.logp.device)
         else:
-            ids, inverse = torch.unique(s.sequence, return_inverse=True)
-            mean = _segment_mean(-s.logp, s)
-            each = torch.zeros(len(ids), dtype=mean.dtype, device=mean.device).index_copy_(0, inverse, mean)
-            seen = torch.zeros(len(ids), dtype=torch.bool, device=mean.device)
-            seen = seen.index_put_((inverse[s.valid],), torch.ones((), dtype=torch.bool, device=mean.device))
-            t = each[seen].median() if bool(seen.any()) else each.new_ones(())
+            # NaN marks numbers that no sequence has; without a single valid row any t will do
+            t = torch.nanmedian(_segment_means(-s.logp, s)[0]).nan_to_num(1.0)
         return (s.logp / t.clamp(min=1e-6)).exp().clamp(min=floor)
 
     return Objective(

@@ -160,7 +160,9 @@ def couple_rows(task: Task, tiles, rows: Rows) -> Tensor:
     """The coupled weights (n,) of all rows, from one fold over every tile."""
     spec = task.with_stats(task.objective.couple_stats)
     parts = [fold(task, spec, tile, t, part) for tile, t, part in tiles]
-    stats = {k: torch.cat([p[k] for p in parts]) for k in (parts[0] if parts else ())}
+    if not parts:  # no row counts
+        return torch.zeros_like(rows.factor)
+    stats = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     return couple(task, stats, rows)
 
 

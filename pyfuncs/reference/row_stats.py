@@ -41,7 +41,7 @@ def row_stats(z, target, *, teacher=None, alpha=1.0, eta=0.0, beta=0.5, top_k=2,
     top = z.detach().topk(min(top_k, z.shape[1]), 1).values.log_softmax(1)
     out["top_entropy"] = -(top.exp() * torch.where(top == -_INF, 0.0, top)).sum(1)
     if ids is not None:
-        out["ids"] = zf.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, float("nan"))
+        out["ids"] = torch.where(keep, z, low).gather(1, ids.clamp(min=0)).masked_fill(ids < 0, float("nan"))
     m = alpha * zf
     if teacher is not None:
         t = torch.where(keep, teacher, -_INF)

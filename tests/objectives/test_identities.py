@@ -345,7 +345,7 @@ def test_user_objective_of_the_readme_has_an_exact_gradient():
 def test_user_objective_errors():
     from burnish import Objective, objective
 
-    z, t, y = data()
+    z, _, y = data()
     with pytest.raises(ValueError, match="unknown statistic 'entropi'"):
         objective("entropi")(lambda s: s.entropi)
     with pytest.raises(AttributeError, match="'mean' was not asked for"):

@@ -24,7 +24,8 @@ def reference_grads(o, hidden, weight, bias, target, extra, reduction="sum", **k
 
 
 def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
 def cast(extra, dtype):
@@ -93,7 +94,7 @@ def test_low_precision_beats_plain_torch(name, dtype, backend):
 
 
 def _budget(leaves, extra, rows):
-    hidden, weight, bias = leaves
+    hidden, weight = leaves[:2]
     t = extra.get("teacher")
     common = {
         "rows": hidden.shape[0], "vocabulary": weight.shape[0], "hidden": hidden.shape[1], "weight_dtype": weight.dtype,
@@ -520,7 +521,7 @@ def test_no_device_sync(monkeypatch):
     monkeypatch.setattr(core, "check_labels", lambda *a: None)
     monkeypatch.setattr(module, "check_labels", lambda *a: None)
     monkeypatch.setattr(module, "_kept", lambda *a: None)
-    for name, arguments in (("nll", {}), ("target_sft", {"eta": 0.5}), ("jsd", {}), ("rho1", {}), ("eaft", {"k": 3})):
+    for _, name, arguments in cases.all_objectives():
         o, hidden, weight, bias, target, extra = cases.problem(name, arguments, dtype=torch.float32)
         leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
         with NoSync():
@@ -624,3 +625,64 @@ def test_fp16_does_not_underflow_under_a_mean():
     got = linear_loss(hidden.detach(), weight, target, NLL, reduction="sum")
     (dw,) = torch.autograd.grad(got, weight)
     assert relative(dw, want[1]) < 1e-3
+
+
+@pytest.mark.parametrize(("ident", "name", "arguments"), list(cases.all_objectives()), ids=IDS)
+def test_every_objective_without_a_row_that_counts(ident, name, arguments):
+    """All labels ignored, and no labels at all: loss 0 and gradients 0, not NaN."""
+    for n in (4, 0):
+        o, hidden, weight, bias, target, extra = cases.problem(name, arguments, n=n, dtype=torch.float32)
+        target[:] = -100
+        for reduction in ("mean", "none"):
+            leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+            loss = linear_loss(*leaves[:2], target, o, bias=leaves[2], reduction=reduction, **extra).sum()
+            loss.backward()
+            assert loss == 0
+            assert all(not x.grad.any() for x in leaves)
+            z = (hidden @ weight.T + bias).requires_grad_()
+            loss = row_loss(z, target, o, reduction=reduction, **extra).sum()
+            loss.backward()
+            assert loss == 0 and not z.grad.any()
+
+
+@pytest.mark.parametrize("name", ["nll", "target_sft", "unlikelihood"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_mixed_precision_path_of_a_gpu(name, backend, monkeypatch):
+    """fp32 logits out of bf16 products, a bf16 gradient tile beside them: CUDA's branch, its products emulated."""
+    from burnish.ops import gemm
+
+    real_mm, real_addmm = torch.mm, torch.addmm
+
+    def mm(a, b, *, out_dtype=None, out=None):
+        if out_dtype is None:
+            return real_mm(a, b) if out is None else real_mm(a, b, out=out)
+        assert a.dtype == b.dtype == torch.bfloat16
+        r = real_mm(a.float(), b.float())
+        return r if out is None else out.copy_(r)
+
+    def addmm(c, a, b, *, out_dtype=None, out=None):
+        if out_dtype is None:
+            return real_addmm(c, a, b, out=out)
+        assert a.dtype == b.dtype == torch.bfloat16 and c.dtype == out_dtype == torch.float32
+        return out.copy_(real_addmm(c, a.float(), b.float()))
+
+    o, hidden, weight, bias, target, extra = cases.problem(
+        name, {"eta": 0.5} if name == "target_sft" else {}, n=24, v=61, h=32, dtype=torch.bfloat16
+    )
+    loss, want = reference_grads(o, hidden, weight, bias, target, extra, "mean")
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    monkeypatch.setattr(gemm, "mode", lambda *a: "mixed")
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    for reduction in ("mean", "none"):
+        for master in (False, True):  # an fp32 weight under autocast as well
+            leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
+            if master:
+                leaves[1] = weight.float().requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=master):
+                got = linear_loss(*leaves[:2], target, o, bias=leaves[2], reduction=reduction, backend=backend, **extra)
+            scale = 1 / 23 if reduction == "mean" else 1
+            assert relative(got.sum(), loss.sum() * scale) < 1e-5
+            for a, b, leaf in zip(torch.autograd.grad(got.sum(), leaves), want, leaves, strict=True):
+                assert a.dtype == leaf.dtype
+                assert relative(a, b * scale) < 2 * 2**-8  # the gradient tile is bf16 here
