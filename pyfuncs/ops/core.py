@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import operator
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from ..kernels import dispatch, rows_torch
 from ..kernels.contract import (
@@ -34,17 +36,17 @@ _ALWAYS = frozenset({"lse", "label", "logp"})
 class Rows:
     """What is known of each row, (N,) unless said.  ``factor`` is the token weight, 0 where ignored."""
 
-    target: torch.Tensor
-    valid: torch.Tensor
-    factor: torch.Tensor
-    inv_temp: torch.Tensor
-    teacher_inv_temp: torch.Tensor
-    plain_inv_temp: torch.Tensor  # without the objective's own temperature
-    ids: torch.Tensor | None = None  # (N, K)
-    sequence: torch.Tensor | None = None
-    weight: torch.Tensor | None = None  # what Objective.couple returned
+    target: Tensor
+    valid: Tensor
+    factor: Tensor
+    inv_temp: Tensor
+    teacher_inv_temp: Tensor
+    plain_inv_temp: Tensor  # without the objective's own temperature
+    ids: Tensor | None = None  # (N, K)
+    sequence: Tensor | None = None
+    weight: Tensor | None = None  # what Objective.couple returned
 
-    def at(self, index: slice | torch.Tensor) -> Rows:
+    def at(self, index: slice | Tensor) -> Rows:
         """The rows of a slice or an index."""
         return replace(self, **{k: v[index] for k, v in vars(self).items() if v is not None})
 
@@ -102,7 +104,7 @@ class Task:
         return self.spec.uses_teacher or couple.uses_teacher
 
 
-def fold(task: Task, spec: RowSpec, tile: torch.Tensor, teacher: torch.Tensor | None, rows: Rows) -> dict:
+def fold(task: Task, spec: RowSpec, tile: Tensor, teacher: Tensor | None, rows: Rows) -> dict:
     """Statistics of whole rows, each (n,): tile and teacher (n, V) are raw logits."""
     temps = {"inv_temp": rows.inv_temp, "teacher_inv_temp": rows.teacher_inv_temp}
     state = new_state(tile.shape[0], task.dtype, tile.device)
@@ -123,7 +125,7 @@ def fold(task: Task, spec: RowSpec, tile: torch.Tensor, teacher: torch.Tensor | 
     return stats
 
 
-def couple(task: Task, stats: dict, rows: Rows) -> torch.Tensor:
+def couple(task: Task, stats: dict, rows: Rows) -> Tensor:
     """Objective.couple over the rows that count; 0 for the others.  stats are of all rows."""
     assert task.objective.couple is not None
     weight = task.objective.couple(_view(stats, rows))
@@ -171,7 +173,7 @@ def evaluate(task: Task, tile, teacher, rows: Rows, *, gradients: bool):
     return loss, torch.where(rows.valid, table, 0.0), coef, ids_grad
 
 
-def _metric(name: str, stats: dict) -> torch.Tensor:
+def _metric(name: str, stats: dict) -> Tensor:
     if name == "nll":
         return -stats["logp"]
     if name == "entropy":
@@ -187,7 +189,7 @@ def write_grad(task: Task, tile, teacher, out, coef, ids_grad, rows: Rows) -> No
     )  # fmt: skip
 
 
-def dense_teacher(task: Task, out, tile, ids, logp, rows: Rows) -> torch.Tensor:
+def dense_teacher(task: Task, out, tile, ids, logp, rows: Rows) -> Tensor:
     """A top-K teacher's log-probabilities (n, V) written into ``out``; see ``Teacher``."""
     if task.tail != "student":
         fill_topk(out, ids, logp, task.tail)
@@ -210,7 +212,7 @@ def dense_teacher(task: Task, out, tile, ids, logp, rows: Rows) -> torch.Tensor:
 
 
 def make_rows(
-    task: Task, target, token_weight, ignore_index: int, temperature: torch.Tensor | None, flat_temperature: float,
+    task: Task, target, token_weight, ignore_index: int, temperature: Tensor | None, flat_temperature: float,
     teacher_temperature: float, ids, sequence,
 ) -> Rows:  # fmt: skip
     """Per-row inputs on the target's device, in the accumulator's dtype."""
@@ -250,15 +252,26 @@ def autograd_inside_op():
         yield
 
 
+#: Objectives that a compiled graph names by key: its backward may run when nobody else holds them.  They
+#: stay for good, but a new objective recompiles the graph, so there are few.
 _PINNED: dict[str, Objective] = {}
 
 
-def pin(key: str) -> None:
-    """Keep an objective that a compiled graph names by key until its backward has run.
+def registered(name: str, forward):
+    """``forward`` as a torch.library op with the same signature, for torch.compile.
 
-    For good: a new objective recompiles the graph, so there are few of them.
+    Autograd works inside it, for the objective's own lines, and the objective it names stays alive.  (The
+    signature's annotations are strings, looked up here: what they name must be known to this module.)
     """
-    _PINNED[key] = LIVE[key]
+    place = list(inspect.signature(forward).parameters).index("objective")
+
+    @functools.wraps(forward)
+    def op(*args):
+        _PINNED[args[place]] = LIVE[args[place]]
+        with autograd_inside_op():
+            return forward(*args)
+
+    return torch.library.custom_op(name, op, mutates_args=())
 
 
 def without_autocast(function):
@@ -275,7 +288,7 @@ def without_autocast(function):
     return inner
 
 
-def check_labels(target: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
+def check_labels(target: Tensor, vocabulary: int, ignore_index: int) -> None:
     """A label outside the vocabulary is an error where it can be seen without a device sync."""
     if target.device.type != "cpu":
         return

@@ -20,12 +20,11 @@ from .core import (
     Rows,
     Task,
     Transforms,
-    autograd_inside_op,
     check_labels,
     dense_teacher,
     evaluate,
     make_rows,
-    pin,
+    registered,
     without_autocast,
     write_grad,
 )
@@ -299,7 +298,7 @@ def _forward(
     teacher_scale: float, teacher_softcap: float, teacher_temperature: float, flat_temperature: float,
     ignore_index: int, num_valid: int, budget: int, needs: int, compute_dtype: torch.dtype, reduction: str,
     metrics: str, backend: str,
-):  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """loss, metrics (M, N), dX, dW, db, coefficients, ids_grad; what is not needed is empty."""
     walk = _Pass(
         hidden, weight, bias, target, token_weight, temperature, ids, sequence, teacher, objective, teacher_kind, tail,
@@ -341,22 +340,7 @@ def _forward(
     return loss, walk.spread(table), *grads, walk.spread(coefs), ids_full
 
 
-@torch.library.custom_op("burnish::linear_loss", mutates_args=())
-def _linear_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, token_weight: Tensor | None,
-    temperature: Tensor | None, denominator: Tensor | None, ids: Tensor | None, sequence: Tensor | None,
-    teacher: list[Tensor], objective: str, teacher_kind: str, tail: str, scale: float, softcap: float,
-    teacher_scale: float, teacher_softcap: float, teacher_temperature: float, flat_temperature: float,
-    ignore_index: int, num_valid: int, budget: int, needs: int, compute_dtype: torch.dtype, reduction: str,
-    metrics: str, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    pin(objective)
-    with autograd_inside_op():
-        return _forward(
-            hidden, weight, bias, target, token_weight, temperature, denominator, ids, sequence, teacher, objective,
-            teacher_kind, tail, scale, softcap, teacher_scale, teacher_softcap, teacher_temperature, flat_temperature,
-            ignore_index, num_valid, budget, needs, compute_dtype, reduction, metrics, backend,
-        )  # fmt: skip
+_linear_loss = registered("burnish::linear_loss", _forward)
 
 
 @_linear_loss.register_fake

@@ -12,14 +12,13 @@ from .core import (
     Rows,
     Task,
     Transforms,
-    autograd_inside_op,
     check_labels,
     couple,
     dense_teacher,
     evaluate,
     fold,
     make_rows,
-    pin,
+    registered,
     without_autocast,
     write_grad,
 )
@@ -104,7 +103,7 @@ def _forward(
     denominator: Tensor | None, ids: Tensor | None, sequence: Tensor | None, teacher: list[Tensor], objective: str,
     teacher_kind: str, tail: str, scale: float, softcap: float, teacher_scale: float, teacher_softcap: float,
     teacher_temperature: float, flat_temperature: float, ignore_index: int, reduction: str, metrics: str, backend: str,
-):  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """loss, metrics (M, N), coefficients, ids_grad."""
     task, rows, tile = _setup(
         logits, target, token_weight, temperature, ids, sequence, objective, teacher_kind, tail, scale, softcap,
@@ -125,20 +124,7 @@ def _forward(
     return loss, table, coef, ids_grad.clone() if ids_grad is empty else ids_grad
 
 
-@torch.library.custom_op("burnish::row_loss", mutates_args=())
-def _row_loss(
-    logits: Tensor, target: Tensor, token_weight: Tensor | None, temperature: Tensor | None,
-    denominator: Tensor | None, ids: Tensor | None, sequence: Tensor | None, teacher: list[Tensor], objective: str,
-    teacher_kind: str, tail: str, scale: float, softcap: float, teacher_scale: float, teacher_softcap: float,
-    teacher_temperature: float, flat_temperature: float, ignore_index: int, reduction: str, metrics: str, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    pin(objective)
-    with autograd_inside_op():
-        return _forward(
-            logits, target, token_weight, temperature, denominator, ids, sequence, teacher, objective, teacher_kind,
-            tail, scale, softcap, teacher_scale, teacher_softcap, teacher_temperature, flat_temperature, ignore_index,
-            reduction, metrics, backend,
-        )  # fmt: skip
+_row_loss = registered("burnish::row_loss", _forward)
 
 
 @_row_loss.register_fake

@@ -138,9 +138,10 @@ def test_gradcheck_and_per_row_upstream():
         for o in (NLL, objectives.gem(0.5), objectives.deft(), objectives.confidence_penalty()):
             if o.name in ("gem", "deft"):  # constants inside: not the derivative of the value
                 continue
-            fn = lambda h, w, b, o=o, r=reduction: linear_loss(
-                h, w, target, o, bias=b, reduction=r, softcap=5.0, temperature=1.3
-            )  # noqa: E731
+
+            def fn(h, w, b, o=o, r=reduction):
+                return linear_loss(h, w, target, o, bias=b, reduction=r, softcap=5.0, temperature=1.3)
+
             assert torch.autograd.gradcheck(fn, (hidden, weight, bias))
     up = torch.randn(4, dtype=torch.float64)
     a = torch.autograd.grad(linear_loss(hidden, weight, target, NLL, reduction="none"), (hidden, weight), up)
