@@ -22,6 +22,7 @@ from .demo_options import DemoOptions
 from .evaluate import accuracy
 from .measure import LiveBytes
 from .models import load_model
+from .progress import show_loss
 
 TASK, TASK_ARGUMENTS = "word_sequence_reversal", {"min_words": 3, "max_words": 4}
 
@@ -104,6 +105,7 @@ def run(options: DemoOptions) -> dict:
             objective_args=arguments,
             teacher_model=teacher,
         )
+        show_loss(trainer)
         trainer.train()
         seconds = trainer.state.log_history[-1]["train_runtime"]
         logs = [x for x in trainer.state.log_history if "loss" in x]
@@ -137,6 +139,9 @@ def memory(model, tokens: int = 1024) -> list[dict]:
     vocabulary, width = head.shape
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, width, generator=generator).to(head)
+    # another state than the student's: equal ones would leave a gradient of p_y (p - delta) alone, which the
+    # materialised form loses to cancellation
+    other = torch.randn(tokens, width, generator=generator).to(head)
     target = torch.randint(0, vocabulary, (tokens,), generator=generator).to(head.device)
     target_sft = objectives.target_sft(0.5)
 
@@ -146,7 +151,7 @@ def memory(model, tokens: int = 1024) -> list[dict]:
     def materialised_target_sft(h, w):
         z = (h @ w.t()).float()
         with torch.no_grad():
-            t = (hidden @ head.t()).float()
+            t = (other @ head.t()).float()
             log_probs = z.log_softmax(-1)
             p_label = log_probs.gather(1, target[:, None]).exp()
             q = (0.5 * log_probs + 0.5 * t.log_softmax(-1)).softmax(-1) * (1 - p_label)
@@ -159,7 +164,7 @@ def memory(model, tokens: int = 1024) -> list[dict]:
     rows = []
     for name, plain, ours in (
         ("nll", nll, fused(objectives.nll())),
-        ("target_sft", materialised_target_sft, fused(target_sft, Teacher(hidden=hidden, weight=head))),
+        ("target_sft", materialised_target_sft, fused(target_sft, Teacher(hidden=other, weight=head))),
     ):
         entry: dict = {"objective": name, "tokens": tokens, "vocabulary": vocabulary}
         grads = {}
