@@ -29,6 +29,8 @@ the statistics are known,
 
 and multiplies by the derivative of the transforms.
 
+A row whose teacher has no mass at all on the student's support does not count: loss 0, gradient 0.
+
 Masked entries.  z_k = -inf removes entry k from both distributions (T is renormalised over what
 is left) and its gradient is zero; t_k = -inf means T_k = 0 and adds nothing to ``other``.  A label
 that is itself masked has z_y = -1e30, so that 0 * z_y is 0.  A label outside every slab leaves
@@ -141,22 +143,38 @@ def finalize(state: torch.Tensor, spec: RowSpec) -> dict[str, torch.Tensor]:
     if spec.has("other"):
         out["other"] = s["t_exp"] / s["z_sum"]
     if spec.has("mix"):
-        out["m_max"], out["m_log"] = s["m_max"], s["m_sum"].log()
-        out["mix"] = s["m_exp"] / s["m_sum"]
+        out["m_max"], out["m_log"], total = _normalizer(s["m_max"], s["m_sum"])
+        out["mix"] = s["m_exp"] / total
     if spec.folds_teacher:
-        out["t_max"], out["t_log"] = s["t_max"], s["t_sum"].log()
+        out["t_max"], out["t_log"], t_total = _normalizer(s["t_max"], s["t_sum"])
         out["teacher_lse"] = out["t_max"] + out["t_log"]
     if spec.has("teacher_logp"):
         t_label = s["t_label"].masked_fill(s["t_label"] == float("-inf"), MASKED)
         out["teacher_logp"] = (t_label - out["t_max"]) - out["t_log"]
     if spec.has("cross"):
-        out["cross"] = s["t_z"] / s["t_sum"]
+        out["cross"] = s["t_z"] / t_total
     if spec.has("teacher_entropy"):
-        out["teacher_entropy"] = out["teacher_lse"] - s["t_t"] / s["t_sum"]
+        out["teacher_entropy"] = out["teacher_lse"] - s["t_t"] / t_total
     if spec.has("jsd"):
-        out["jsd"] = spec.beta * s["jsd_t"] + (1 - spec.beta) * s["jsd_p"]
-        out["jsd_p"] = s["jsd_p"]
+        some = s["t_sum"] > 0  # without a teacher the sums are not numbers
+        out["jsd_p"] = torch.where(some, s["jsd_p"], 0.0)
+        out["jsd"] = torch.where(some, spec.beta * s["jsd_t"] + (1 - spec.beta) * s["jsd_p"], 0.0)
     return out
+
+
+def _normalizer(top: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(maximum, log of the sum, sum); of an empty distribution 0, 0 and 1, so that nothing becomes NaN."""
+    empty = total == 0
+    total = torch.where(empty, 1.0, total)
+    return torch.where(empty, 0.0, top), total.log(), total
+
+
+def supported(state: torch.Tensor, spec: RowSpec) -> torch.Tensor | None:
+    """Rows (N,) whose teacher has mass on the student's support; None where no teacher is asked for."""
+    sums = [name for name, used in (("m_sum", spec.mix_teacher), ("t_sum", spec.folds_teacher)) if used]
+    if not sums:
+        return None
+    return torch.stack([state[STATE_INDEX[name]] > 0 for name in sums]).all(0)
 
 
 def coefficients(stats: dict[str, torch.Tensor], upstream: dict[str, torch.Tensor], spec: RowSpec) -> torch.Tensor:
@@ -203,13 +221,13 @@ def coefficients(stats: dict[str, torch.Tensor], upstream: dict[str, torch.Tenso
     return coef
 
 
-#: Coefficients that are linear in the upstream gradient; the others normalise a distribution.
-LINEAR = tuple(COEF_INDEX[n] for n in ("a", "a_label", "b", "c", "e", "d", "f", "u", "label", "g"))
+#: Coefficients that are linear in the upstream gradient; the others normalise a distribution.  A slice, not a
+#: list: indexing with a list copies it to the device.
+LINEAR = slice(COEF_INDEX["a"], COEF_INDEX["g"] + 1)
 
 
 def scale_coefficients(coef: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Multiply every row's gradient by factor (N,); a factor of 0 makes it exactly 0, even from NaN."""
     out = coef.clone()
-    rows = list(LINEAR)
-    out[rows] = torch.where(factor == 0, 0.0, coef[rows] * factor)
+    out[LINEAR] = torch.where(factor == 0, 0.0, coef[LINEAR] * factor)
     return out

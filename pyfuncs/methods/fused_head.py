@@ -92,7 +92,10 @@ class FusedHead:
         labels = (shift_labels if shift_labels is not None else labels[:, 1:]).to(head.weight.device)
         sequences = None
         if "sequences" in self.objective.needs and kwargs.get("position_ids") is not None:
-            sequences = _sequences(kwargs["position_ids"])[:, keep if shift_labels is not None else slice(1, None)]
+            positions = kwargs["position_ids"]
+            if positions.ndim == 2:  # (1, T) stands for every row
+                positions = positions.expand(labels.shape[0] if labels is not None else shift_labels.shape[0], -1)
+            sequences = _sequences(positions)[:, keep if shift_labels is not None else slice(1, None)]
             sequences = sequences.to(labels.device)
         result = linear_loss(
             out.last_hidden_state[:, keep].to(head.weight.device), head.weight, labels.contiguous(), self.objective,
@@ -191,7 +194,7 @@ def _sequences(position_ids: Tensor) -> Tensor:
     """Sequence number of each token (B, T): position 0 begins one, and so does each row."""
     if position_ids.ndim == 3:  # multimodal rotary positions: the first plane is time
         position_ids = position_ids[0]
-    starts = position_ids == 0
+    starts = (position_ids == 0).clone()  # an expanded view could not be written
     starts[:, 0] = True
     return starts.flatten().cumsum(0).reshape(starts.shape)
 

@@ -71,7 +71,10 @@ def get(name: str, **arguments) -> Objective:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
         raise ValueError(f"objective {name}{inspect.signature(factory)}: {error}") from None
-    return factory(**arguments)
+    try:
+        return factory(**arguments)
+    except TypeError as error:  # a value of the wrong kind
+        raise ValueError(f"objective {name}: {error}") from None
 
 
 def describe() -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -14,7 +14,8 @@ STATISTICS = (
     "lse", "label", "logp", "mean", "square", "uniform", "mix", "cross", "other", "jsd", "ids",
     "hit", "top_entropy", "teacher_lse", "teacher_logp", "teacher_entropy",
 )  # fmt: skip
-_DERIVED = {"entropy": ("lse", "mean"), "prob": ("logp",)}
+_DERIVED = {"entropy": ("lse", "mean"), "prob": ("logp",), "ids_logp": ("ids", "lse")}
+_NEEDS = frozenset({"teacher", "ids", "token_weight", "sequences"})
 _TEACHER = {"cross", "other", "jsd", "teacher_lse", "teacher_logp", "teacher_entropy"}
 
 
@@ -34,13 +35,13 @@ class RowStats:
     ``cross``           E_T[z]
     ``other``           E_p[t]
     ``jsd``             generalised Jensen-Shannon divergence at ``beta``
-    ``ids``             z at the given ids, NaN where an id is -1
+    ``ids``             z at the given ids, NaN where an id is -1;  ``ids_logp`` = their log-probabilities
     ``hit``             1.0 where argmax z = y (lowest index on ties); constant
     ``top_entropy``     entropy of the renormalised top k of p, in nats; constant
     ``teacher_lse``     log sum_k exp t_k; constant
     ``teacher_logp``    log T_y; constant
     ``teacher_entropy`` H(T) in nats; constant
-    ``valid``           bool: the row counts (its label is not ``ignore_index``)
+    ``valid``           bool: the row counts (its label is not ``ignore_index``, its token weight not 0)
     ``sequence``        int64: which sequence the row belongs to, or None
     ``weight``          what ``Objective.couple`` returned, or None
     ==================  ==========================================================================
@@ -48,8 +49,8 @@ class RowStats:
     Reading a statistic that was not asked for raises AttributeError with the remedy.
     """
 
-    def __init__(self, valid=None, sequence=None, weight=None, **stats: torch.Tensor):
-        self.__dict__.update(stats, valid=valid, sequence=sequence, weight=weight)
+    def __init__(self, valid=None, sequence=None, weight=None, normalizer=None, **stats: torch.Tensor):
+        self.__dict__.update(stats, valid=valid, sequence=sequence, weight=weight, _normalizer=normalizer)
 
     @property
     def entropy(self) -> torch.Tensor:
@@ -61,13 +62,26 @@ class RowStats:
         """p_y, differentiable."""
         return self.logp.exp()
 
+    @property
+    def ids_logp(self) -> torch.Tensor:
+        """log p at the given ids (N, K), differentiable; NaN where an id is -1.
+
+        Its value is taken relative to the row's maximum, which keeps the digits that z - lse loses.
+        """
+        plain = self.ids - self.lse[:, None]
+        if self._normalizer is None:
+            return plain
+        top, log_sum = self._normalizer
+        exact = (self.ids.detach() - top[:, None]) - log_sum[:, None]
+        return plain + (exact - plain.detach())
+
     def __getattr__(self, name: str):
         if name in STATISTICS:
             raise AttributeError(f"statistic {name!r} was not asked for: add it to the objective's `stats`")
         raise AttributeError(f"RowStats has no {name!r}; statistics are {', '.join(STATISTICS)}")
 
     def __repr__(self) -> str:
-        return f"RowStats({', '.join(k for k, v in self.__dict__.items() if v is not None)})"
+        return f"RowStats({', '.join(k for k, v in self.__dict__.items() if v is not None and k[0] != '_')})"
 
 
 #: Every objective alive, by key: how a torch.library op, which takes no Python objects, finds it.
@@ -122,6 +136,10 @@ class Objective:
         for attribute in ("stats", "couple_stats"):
             names = _expand(self.name, getattr(self, attribute))
             object.__setattr__(self, attribute, names)
+        if not set(self.needs) <= _NEEDS:
+            raise ValueError(
+                f"objective {self.name!r}: needs may name {', '.join(sorted(_NEEDS))}; got {set(self.needs)}"
+            )
         everything = set(self.stats) | set(self.couple_stats)
         needs = set(self.needs)
         if everything & _TEACHER or ("mix" in everything and self.eta != 0.0):
@@ -135,6 +153,15 @@ class Objective:
         object.__setattr__(self, "key", key)
         LIVE[key] = self
 
+    def __deepcopy__(self, memo) -> Objective:
+        return self  # immutable, and known to the ops by its key
+
+    def __reduce__(self):
+        # a registered objective by name; one of your own by its fields, if its functions can be pickled
+        values = None if self.fn.__module__.startswith(__package__ + ".") else {
+            f.name: getattr(self, f.name) for f in fields(self) if f.init}  # fmt: skip
+        return _restore, (self.name, self.params, values)
+
     def __call__(self, stats: RowStats) -> torch.Tensor:
         loss = self.fn(stats)
         reference = stats.lse
@@ -147,6 +174,12 @@ class Objective:
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.params.items())})"
+
+
+def _restore(name: str, params: dict, values: dict | None) -> Objective:
+    from . import get
+
+    return get(name, **params) if values is None else Objective(**values)
 
 
 def _expand(name: str, stats) -> tuple[str, ...]:

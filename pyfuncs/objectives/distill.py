@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .base import Objective
 from .qtarget import _KL_STATS, _forward_kl, _range
 
@@ -11,6 +13,7 @@ def kd(temperature: float = 1.0) -> Objective:
 
     Both sides are divided by ``temperature``.  Gauge: w = tau, gamma = 0, r = T^tau.
     """
+    _range("kd", "temperature", temperature, 0.0, math.inf, open_low=True)
     return Objective(
         "kd", lambda s: temperature**2 * _forward_kl(s), _KL_STATS, temperature=temperature,
         weight="tau", trust="0", residual="T^tau", paper="arXiv 1503.02531", params={"temperature": temperature},

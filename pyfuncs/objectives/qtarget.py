@@ -25,6 +25,8 @@ def _one_minus_exp(x: torch.Tensor) -> torch.Tensor:
 
 
 def _range(objective: str, name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{objective}: {name} must be a number; got {value!r}")
     below = value <= low if open_low else value < low
     if below or value > high or value != value:
         raise ValueError(f"{objective}: {name} must lie in {'(' if open_low else '['}{low}, {high}]; got {value}")
@@ -101,8 +103,9 @@ def eaft(k: int = 20, power: float = 1.0) -> Objective:
     H_k is the entropy of the renormalised top k of p, so the weight lies in [0, 1].  (One public
     implementation divides by 3.0 for k = 20; log 20 = 2.9957.)
     """
-    if k < 2:
-        raise ValueError(f"eaft: k must be at least 2; got {k}")
+    if type(k) is not int or k < 2:
+        raise ValueError(f"eaft: k must be a whole number, at least 2; got {k!r}")
+    _range("eaft", "power", power, 0.0, math.inf)
 
     def fn(s: RowStats) -> torch.Tensor:
         weight = (s.top_entropy / math.log(k)).clamp(0.0, 1.0)
@@ -137,6 +140,9 @@ def iw_sft(temperature: float = 1.0, clip: float = 16.0) -> Objective:
     w = clamp(exp(temperature * mean_t [log p_theta - log p_ref]), 0, clip), detached.
     Gauge: w = 1, gamma = w(tau) (it may exceed 1), r = p.
     """
+
+    _range("iw_sft", "temperature", temperature, -math.inf, math.inf)
+    _range("iw_sft", "clip", clip, 0.0, math.inf)
 
     def couple(s: RowStats) -> torch.Tensor:
         means, segment = _segment_means(s.logp - s.teacher_logp, s)
@@ -213,9 +219,13 @@ def psft(low: float = 0.2, high: float = 0.28) -> Objective:
     clip never binds.
     """
 
+    _range("psft", "low", low, 0.0, 1.0)
+    _range("psft", "high", high, 0.0, math.inf)
+    top = math.log1p(high)
+
     def fn(s: RowStats) -> torch.Tensor:
-        ratio = (s.logp - s.teacher_logp).exp()
-        return -torch.minimum(ratio, ratio.clamp(1 - low, 1 + high))
+        # min(r, clip(r)) is r up to 1 + high and constant above; in the log domain r cannot overflow
+        return -(s.logp - s.teacher_logp).clamp(max=top).exp()
 
     return Objective(
         "psft", fn, ("logp", "teacher_logp"), weight="1", trust="r 1[r <= 1 + high]", residual="p",
@@ -304,6 +314,7 @@ def focal(gamma: float = 2.0) -> Objective:
 
 def poly(eps: float = 1.0) -> Objective:
     """PolyLoss-1: -log p_y + eps (1 - p_y) (arXiv 2204.12511).  dL/dz = (1 + eps p_y)(p - delta)."""
+    _range("poly", "eps", eps, -1.0, math.inf)
     return Objective(
         "poly", lambda s: -s.logp + eps * _one_minus_exp(s.logp), ("logp",),
         weight="1 + eps p_y", trust="1", residual="-", paper="arXiv 2204.12511", params={"eps": eps},
@@ -315,6 +326,8 @@ def deft(eps: float = 0.0) -> Objective:
 
     dL/dz = a / (a + eps) p_y^a (p - delta).  The authors' code adds eps = 1e-6; the paper's form is 0.
     """
+
+    _range("deft", "eps", eps, 0.0, math.inf)
 
     def fn(s: RowStats) -> torch.Tensor:
         a = s.square.detach()
@@ -332,6 +345,8 @@ def idft(tau: float = 0.0, width: float = 1.0, low: float = 0.1, high: float = 1
     phi = log p_y + H(p).  Defaults are those of the authors' code.
     """
     _range("idft", "width", width, 0.0, math.inf, open_low=True)
+    for name, value in (("tau", tau), ("low", low), ("high", high)):
+        _range("idft", name, value, -math.inf, math.inf)
 
     def fn(s: RowStats) -> torch.Tensor:
         phi = s.logp.detach() + s.entropy.detach()
@@ -349,6 +364,10 @@ def talr(tau: float | None = None, floor: float = 0.01) -> Objective:
     ``tau`` None takes the median over the batch's sequences of their mean token NLL.  The form is that
     of a third-party implementation; the paper's own was not available.
     """
+
+    if tau is not None:
+        _range("talr", "tau", tau, 0.0, math.inf, open_low=True)
+    _range("talr", "floor", floor, 0.0, math.inf)
 
     def couple(s: RowStats) -> torch.Tensor:
         if tau is not None:
@@ -390,7 +409,7 @@ def rho1(ratio: float = 0.6, normalize: str = "all") -> Objective:
     def couple(s: RowStats) -> torch.Tensor:
         excess = torch.where(s.valid, s.teacher_logp - s.logp, -torch.inf)
         count = s.valid.sum()
-        kept = (count * ratio).ceil()
+        kept = (count.double() * ratio - 1e-9).ceil()  # 0.6 of 25 is 15, whatever 25 * 0.6 rounds to
         # ranks by a stable sort: ties go to the earlier row, and no count has to reach the host
         order = torch.argsort(excess, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -406,6 +425,7 @@ def rho1(ratio: float = 0.6, normalize: str = "all") -> Objective:
 
 def confidence_penalty(beta: float = 0.1) -> Objective:
     """-log p_y - beta H(p) (arXiv 1701.06548).  dL/dz = p - delta + beta p (log p + H)."""
+    _range("confidence_penalty", "beta", beta, -math.inf, math.inf)
     return Objective(
         "confidence_penalty", lambda s: -s.logp - beta * s.entropy, ("logp", "entropy"),
         weight="1", trust="1", residual="-, Q_k = delta_k - beta p_k (log p_k + H)", paper="arXiv 1701.06548",
@@ -416,17 +436,20 @@ def confidence_penalty(beta: float = 0.1) -> Objective:
 def unlikelihood(likelihood: float = 0.0) -> Objective:
     """-sum_c log(1 - p_c) - likelihood * log p_y over negative tokens c (arXiv 1908.04319).
 
-    The negatives are ``ids`` (N, K) of the op, -1 for none.  ``likelihood`` adds the usual NLL of the label.
+    The negatives are ``ids`` (N, K) of the op, -1 for none.  Where 1 - p_c is below the rounding of p_c (1e-7 in
+    fp32) its gradient is no longer resolved.  ``likelihood`` adds the usual NLL of the label.
     """
+
+    _range("unlikelihood", "likelihood", likelihood, 0.0, math.inf)
 
     def fn(s: RowStats) -> torch.Tensor:
         present = ~s.ids.isnan()
-        logp = torch.where(present, s.ids, -torch.inf) - s.lse[:, None]
+        logp = torch.where(present, s.ids_logp, -torch.inf)
         # p_c = 1 would be log 0: stop one rounding step before it
         rest = _one_minus_exp(logp.clamp(max=-torch.finfo(logp.dtype).eps))
         return -torch.where(present, rest.log(), 0.0).sum(1) - likelihood * s.logp
 
     return Objective(
-        "unlikelihood", fn, ("ids", "lse", "logp"), weight="-p_c / (1 - p_c)", trust="1 on c", residual="-",
+        "unlikelihood", fn, ("ids_logp", "logp"), weight="-p_c / (1 - p_c)", trust="1 on c", residual="-",
         paper="arXiv 1908.04319", params={"likelihood": likelihood},
     )  # fmt: skip

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..kernels import dispatch, rows_torch
 from ..kernels.contract import (
@@ -20,8 +21,9 @@ from ..kernels.contract import (
     finalize,
     new_state,
     scale_coefficients,
+    supported,
 )
-from ..objectives.base import LIVE, Objective, RowStats
+from ..objectives.base import LIVE, STATISTICS, Objective, RowStats
 from .teacher import fill_topk
 
 #: Per-row diagnostics an op can return beside the loss, and the statistics they need.
@@ -112,6 +114,8 @@ def fold(task: Task, spec: RowSpec, tile: Tensor, teacher: Tensor | None, rows: 
     if spec.has("jsd"):
         task.kernels.fold_jsd(tile, teacher, state, spec, **temps)
     stats = finalize(state, spec)
+    if (some := supported(state, spec)) is not None:
+        stats["supported"] = some
     if task.teacher == "topk" and spec.has("teacher_logp"):
         # given log-probabilities are true ones: not to be renormalised over the K that were kept
         stats["teacher_logp"] = stats["teacher_logp"] + stats["teacher_lse"]
@@ -129,6 +133,8 @@ def couple(task: Task, stats: dict, rows: Rows) -> Tensor:
     """Objective.couple over the rows that count; 0 for the others.  stats are of all rows."""
     assert task.objective.couple is not None
     weight = task.objective.couple(_view(stats, rows))
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"objective {task.objective.name!r}: couple must return a tensor; got {type(weight).__name__}")
     if weight.shape != rows.target.shape:
         raise ValueError(
             f"objective {task.objective.name!r}: couple must return shape {tuple(rows.target.shape)}; "
@@ -138,7 +144,11 @@ def couple(task: Task, stats: dict, rows: Rows) -> Tensor:
 
 
 def _view(stats: dict, rows: Rows) -> RowStats:
-    return RowStats(valid=rows.valid, sequence=rows.sequence, weight=rows.weight, **stats)
+    shown = {k: v for k, v in stats.items() if k in STATISTICS}
+    return RowStats(
+        valid=rows.factor != 0, sequence=rows.sequence, weight=rows.weight,
+        normalizer=(stats["z_max"], stats["z_log"]), **shown,
+    )  # fmt: skip
 
 
 def evaluate(task: Task, tile, teacher, rows: Rows, *, gradients: bool):
@@ -149,8 +159,13 @@ def evaluate(task: Task, tile, teacher, rows: Rows, *, gradients: bool):
     """
     o = task.objective
     stats = fold(task, task.fold_spec, tile, teacher, rows)
-    visible = {k: v for k, v in stats.items() if k in o.stats or k == "lse"}
-    live = rows.factor != 0
+    # before the objective sees the statistics: its lines may write in place
+    table = torch.stack([_metric(n, stats) for n in task.metrics]) if task.metrics else None
+    visible = {k: v for k, v in stats.items() if k in o.stats or k in ("lse", "z_max", "z_log")}
+    factor = rows.factor
+    if "supported" in stats:
+        factor = torch.where(stats["supported"], factor, 0.0)
+    live = factor != 0
     coef = ids_grad = None
     if gradients:
         with torch.enable_grad():
@@ -162,15 +177,14 @@ def evaluate(task: Task, tile, teacher, rows: Rows, *, gradients: bool):
         loss = loss.detach()
         upstream = {k: g for k, g in zip(leaves, given, strict=True) if g is not None}
         ids_grad = upstream.pop("ids", None)
-        coef = scale_coefficients(coefficients(stats, upstream, task.spec), rows.factor)
+        coef = scale_coefficients(coefficients(stats, upstream, task.spec), factor)
         if ids_grad is not None and rows.ids is not None:
-            ids_grad = torch.where(live[:, None] & (rows.ids >= 0), ids_grad * rows.factor[:, None], 0.0)
+            ids_grad = torch.where(live[:, None] & (rows.ids >= 0), ids_grad * factor[:, None], 0.0)
     else:
         loss = o(_view(visible, rows))
-    loss = torch.where(live, loss * rows.factor, 0.0)
-    metrics = [_metric(n, stats) for n in task.metrics]
-    table = torch.stack(metrics) if metrics else loss.new_empty(0, loss.shape[0])
-    return loss, torch.where(rows.valid, table, 0.0), coef, ids_grad
+    loss = torch.where(live, loss * factor, 0.0)
+    table = loss.new_empty(0, loss.shape[0]) if table is None else torch.where(rows.factor != 0, table, 0.0)
+    return loss, table, coef, ids_grad
 
 
 def _metric(name: str, stats: dict) -> Tensor:
@@ -274,6 +288,22 @@ def registered(name: str, forward):
     return torch.library.custom_op(name, op, mutates_args=())
 
 
+def refuse_second_derivative(backward):
+    """``once_differentiable`` that also refuses where the upstream gradient is a constant.
+
+    torch's own lets a second derivative of such a loss be dropped without a word.
+    """
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def inner(ctx, *upstream):
+        if torch.is_grad_enabled():
+            upstream = tuple(None if u is None else u.detach().requires_grad_() for u in upstream)
+        return once(ctx, *upstream)
+
+    return inner
+
+
 def without_autocast(function):
     """The op has chosen its dtypes already: autocast must not round what it does inside."""
 
@@ -288,8 +318,10 @@ def without_autocast(function):
     return inner
 
 
-def check_labels(target: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """A label outside the vocabulary is an error where it can be seen without a device sync."""
+def check_labels(target: Tensor, vocabulary: int, ignore_index: int, ids: Tensor | None = None) -> None:
+    """A label or id outside the vocabulary is an error where it can be seen without a device sync."""
+    if ids is not None and ids.device.type == "cpu" and bool((ids >= vocabulary).any()):
+        raise ValueError(f"ids must lie below the vocabulary's {vocabulary}, -1 for none; got {int(ids.max())}")
     if target.device.type != "cpu":
         return
     bad = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)

@@ -19,23 +19,36 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def mode(weight_dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device) -> str:
-    """ "native": operands are accumulators already; "mixed": fp32 out of low precision; "upcast": slabs."""
-    if weight_dtype == compute_dtype == accumulator(compute_dtype):
+def mode(weight_dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device, dtype: torch.dtype) -> str:
+    """How logits of ``dtype`` are made.
+
+    "native": the operands have that dtype; "mixed": fp32 out of low-precision products; "upcast": slabs cast up.
+    """
+    if weight_dtype == compute_dtype == dtype:
         return "native"
-    return "mixed" if device.type == "cuda" else "upcast"
+    low = compute_dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
+    return "mixed" if device.type == "cuda" and low else "upcast"
+
+
+def teacher_head(teacher: list[torch.Tensor], dtype: torch.dtype) -> Head:
+    """The head of a teacher given by hidden states, for logits of ``dtype``; its own precision is kept."""
+    own = teacher[1].dtype
+    return Head(teacher[1], teacher[2] if len(teacher) > 2 else None, own if own.itemsize < 4 else dtype, dtype)
 
 
 class Head:
     """z = x W^T + b and its two transposes.  weight (V, H), bias (V,) or None."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, compute_dtype: torch.dtype):
-        self.dtype = accumulator(compute_dtype)
-        self.mode = mode(weight.dtype, compute_dtype, weight.device)
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, compute_dtype: torch.dtype, dtype: torch.dtype
+    ):  # fmt: skip
+        """``dtype`` of logits and accumulators; ``compute_dtype`` of the operands where products of it make that."""
+        self.dtype = dtype
+        self.mode = mode(weight.dtype, compute_dtype, weight.device, dtype)
         self.weight = weight.to(compute_dtype) if self.mode == "mixed" else weight
         self.bias = bias
         self.operand = compute_dtype if self.mode == "mixed" else self.dtype
-        rows = max(64, SLAB_BYTES // max(1, 4 * weight.shape[1]))
+        rows = max(64, SLAB_BYTES // max(1, dtype.itemsize * weight.shape[1]))
         size = weight.shape[0] if self.mode != "upcast" else rows
         self.slabs = [slice(v, min(v + size, weight.shape[0])) for v in range(0, weight.shape[0], max(1, size))]
 

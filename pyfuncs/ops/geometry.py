@@ -29,18 +29,20 @@ class Geometry:
 def chunks(
     *, rows: int, vocabulary: int, hidden: int, teacher_hidden: int = 0, weight_dtype: torch.dtype,
     compute_dtype: torch.dtype, device: torch.device, teacher: str = "", weight_grad: bool = True,
-    bias_grad: bool = False, backend: str = "torch", budget: int | None = None, teacher_itemsize: int = 4,
+    bias_grad: bool = False, hidden_grad: bool = True, recompute: bool = False, ids: int = 0, backend: str = "torch",
+    budget: int | None = None, teacher_itemsize: int = 4,
 ) -> Geometry:  # fmt: skip
     """Chunk geometry of ``linear_loss``.  ValueError if the budget does not hold one row.
 
     Scratch, beside inputs, outputs and gradients: a chunk holds its logits (V, accumulator dtype), the
-    gradient in the operands' dtype where that differs, the teacher's logits, and copies of its rows of
-    hidden; fixed are dW's fp32 accumulator where the weight is narrower, a cast slab or copy of the weight,
-    the torch twin's blocks, and one integer a row for the rows that are kept.
+    gradient in the operands' dtype where that differs, the teacher's logits, and copies of its rows of hidden;
+    fixed are the fp32 accumulators of dW and dX where weight and hidden are narrower, a cast slab or copy of the
+    weight, the torch twin's blocks, and a few numbers a row.  ``recompute``: for ``reduction="none"``, whose
+    coefficients wait for backward.  ``ids``: K of a top-K teacher and of the op's ids.
     """
     acc = gemm.accumulator(compute_dtype)
     size, low = acc.itemsize, compute_dtype.itemsize
-    mode = gemm.mode(weight_dtype, compute_dtype, device)
+    mode = gemm.mode(weight_dtype, compute_dtype, device, acc)
     per_row = vocabulary * size
     if mode == "mixed":
         per_row += vocabulary * low
@@ -50,7 +52,12 @@ def chunks(
         per_row += vocabulary * teacher_itemsize
     # hidden: gathered, cast, and its gradient; statistics: state, coefficients, leaves and their gradients
     per_row += 3 * (hidden + teacher_hidden) * size + (2 * len(STATE) + 3 * len(COEF) + 64) * 8
-    fixed = 40 * rows + (1 << 20)
+    per_row += 96 * ids
+    fixed = 64 * rows + (1 << 20)
+    if recompute:  # the coefficients wait for backward; as made, of the rows that count, and spread over all
+        fixed += rows * (3 * len(COEF) * size + 16 * ids)
+    elif hidden_grad and compute_dtype != acc:
+        fixed += rows * hidden * size
     if mode == "upcast":
         fixed += 2 * gemm.SLAB_BYTES
     if mode == "mixed" and weight_dtype != compute_dtype:

@@ -49,7 +49,7 @@ def _rows(name: str, value: torch.Tensor, target: torch.Tensor, *, any_device: b
 
 def prepare(
     objective, rows_shape: torch.Size, vocabulary: int, device: torch.device, target, *, ids, sequences, token_weight,
-    teacher, reduction, num_items, scale, softcap, temperature, metrics,
+    teacher, reduction, num_items, scale, softcap, temperature, metrics, ignore_index,
 ) -> Common:  # fmt: skip
     """Validate and flatten; raises ValueError or TypeError that names the argument and what it got."""
     if not isinstance(objective, Objective):
@@ -76,9 +76,14 @@ def prepare(
         }
         raise ValueError(f"objective {objective.name!r} needs {' and '.join(hints[m] for m in sorted(missing))}")
     n = target.numel()
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index must be an int; got {ignore_index!r}")
     sequence = None
     if "sequences" in objective.needs:
         if sequences is not None:
+            if not isinstance(sequences, torch.Tensor) or sequences.dtype != torch.int64:
+                got = getattr(sequences, "dtype", type(sequences).__name__)
+                raise TypeError(f"sequences must be an int64 tensor; got {got}")
             sequence = _rows("sequences", sequences, target)
         elif target.ndim == 2:
             sequence = torch.arange(target.shape[0], device=target.device)[:, None].expand(target.shape).reshape(-1)
@@ -91,6 +96,8 @@ def prepare(
         check_float("token_weight", token_weight)
         token_weight = _rows("token_weight", token_weight, target, any_device=True).detach()
     if ids is not None:
+        if not isinstance(ids, torch.Tensor):
+            raise TypeError(f"ids must be a tensor; got {type(ids).__name__}")
         if ids.dtype != torch.int64 or ids.shape[:-1] != target.shape:
             raise ValueError(f"ids must be int64 of shape {(*target.shape, 'K')}; got {ids.dtype} {tuple(ids.shape)}")
         if ids.device != device:
@@ -102,6 +109,8 @@ def prepare(
         if temperature.ndim:
             rows_temperature = _rows("temperature", temperature, target, any_device=True).detach()
     else:
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+            raise TypeError(f"temperature must be a number or a tensor; got {temperature!r}")
         flat = float(temperature)
         if not flat > 0:
             raise ValueError(f"temperature must be > 0; got {temperature}")
@@ -113,8 +122,13 @@ def prepare(
     if num_items is not None:
         if reduction != "mean":
             raise ValueError(f"num_items goes with reduction='mean'; got reduction={reduction!r}")
-        denominator = torch.as_tensor(num_items, dtype=torch.float64 if device.type == "cpu" else torch.float32)
-        denominator = denominator.to(device)
+        if isinstance(num_items, torch.Tensor):
+            denominator = num_items.detach().to(device, torch.float32, non_blocking=True)
+        elif isinstance(num_items, (int, float)) and num_items >= 0:
+            # filled on the device: a copy from the host would wait for it
+            denominator = torch.full((), float(num_items), dtype=torch.float32, device=device)
+        else:
+            raise ValueError(f"num_items must be a number >= 0 or a 0-dim tensor; got {num_items!r}")
         if denominator.ndim:
             raise ValueError(f"num_items must be a number or a 0-dim tensor; got shape {tuple(denominator.shape)}")
     metrics = tuple(metrics)

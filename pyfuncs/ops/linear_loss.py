@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..kernels import dispatch
 from ..kernels.contract import COEF, scale_coefficients
@@ -24,17 +23,20 @@ from .core import (
     dense_teacher,
     evaluate,
     make_rows,
+    refuse_second_derivative,
     registered,
     without_autocast,
     write_grad,
 )
-from .gemm import Head, accumulator
+from .gemm import Head, accumulator, teacher_head
 from .inputs import check_float, prepare, unpack
 from .row_loss import couple_rows, reads_ids, reduce
 from .teacher import Teacher, cut
 
 PLANS = ("auto", "tokens")
 HIDDEN_GRAD, WEIGHT_GRAD, BIAS_GRAD = 1, 2, 4
+#: Bytes of a gradient that are scaled and rounded at once.
+_CAST_BYTES = 4 << 20
 #: ``num_valid`` codes for "not given" and "read it from the device".
 _UNKNOWN, _SYNC = -1, -2
 #: Devices on which the rows that count are not read back, so that ``num_valid`` bounds them.
@@ -66,7 +68,8 @@ def linear_loss(
             target has its rows as sequences by default.
         reduction: "mean" (over labels that are not ignored, whatever their weight; 0 if there is none),
             "sum" or "none".
-        num_items: denominator of the mean instead: a number or 0-dim tensor, for gradient accumulation.
+        num_items: denominator of the mean instead: a number or 0-dim tensor, for gradient accumulation; 0 counts
+            as 1.
         num_valid: upper bound on the rows that count, so that a GPU can drop the others before
             projecting without a sync; "sync" reads the number from the device.  Not needed on the CPU.
         scale, softcap, temperature: z = softcap tanh(scale z / softcap) / temperature; temperature is a
@@ -82,8 +85,9 @@ def linear_loss(
         (loss, {name: tensor of target's shape}), constants, 0 on rows that do not count.
 
     Gradients of hidden, weight and bias, each skipped where it is not required.  Inputs may be bf16 or
-    fp16: logits, losses and the accumulators of dW and dX are fp32 all the same.  Under autocast the
-    operands take its dtype, and dW keeps the weight's.
+    fp16: logits, losses and the accumulators of dW and dX are fp32 all the same, and each gradient is rounded
+    once, after the upstream gradient has multiplied it.  Under autocast products on a GPU take its dtype (elsewhere
+    they stay exact), and dW keeps the weight's.  A second derivative is refused.
 
     Memory beside inputs, outputs and gradients: at most ``budget``.  FLOPs: 6 N V H (+ 2 N V H_t).
     """
@@ -95,6 +99,8 @@ def linear_loss(
         )
     if weight.device != hidden.device:
         raise ValueError(f"weight must be on {hidden.device}, as hidden is; got {weight.device}")
+    if bias is not None:
+        check_float("bias", bias)
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
         raise ValueError(
             f"bias must be ({weight.shape[0]},) on {weight.device}; got {tuple(bias.shape)} on {bias.device}"
@@ -102,7 +108,7 @@ def linear_loss(
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(PLANS)}; got {plan!r}")
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
         compute = torch.get_autocast_dtype(device)
     elif hidden.dtype != weight.dtype:
         raise TypeError(
@@ -110,6 +116,8 @@ def linear_loss(
         )
     else:
         compute = hidden.dtype
+    if budget is not None and (type(budget) is not int or budget < 0):
+        raise ValueError(f"budget must be a whole number of bytes; got {budget!r}")
     if num_valid is None:
         valid = _UNKNOWN
     elif num_valid == "sync":
@@ -121,7 +129,7 @@ def linear_loss(
     c = prepare(
         objective, hidden.shape[:-1], weight.shape[0], hidden.device, target, ids=ids, sequences=sequences,
         token_weight=token_weight, teacher=teacher, reduction=reduction, num_items=num_items, scale=scale,
-        softcap=softcap, temperature=temperature, metrics=metrics,
+        softcap=softcap, temperature=temperature, metrics=metrics, ignore_index=ignore_index,
     )  # fmt: skip
     needs = 0
     if torch.is_grad_enabled():
@@ -149,7 +157,7 @@ class _Pass:
     def __init__(
         self, hidden, weight, bias, target, token_weight, temperature, ids, sequence, teacher, objective, teacher_kind,
         tail, transforms: Transforms, flat_temperature, ignore_index, num_valid, budget, needs, compute_dtype, metrics,
-        backend,
+        backend, recompute: bool,
     ):  # fmt: skip
         device = hidden.device
         self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
@@ -158,7 +166,7 @@ class _Pass:
             objective, transforms, metrics=metrics, backend=backend, device=device, dtype=accumulator(compute_dtype),
             teacher=teacher_kind, tail=tail, temperature=temperature is not None or flat_temperature != 1.0,
         )  # fmt: skip
-        check_labels(target, weight.shape[0], ignore_index)
+        check_labels(target, weight.shape[0], ignore_index, ids)
         self.index = _kept(target, token_weight, ignore_index, num_valid, device)
         moved = [
             None if x is None else x.to(device, non_blocking=True)
@@ -179,17 +187,16 @@ class _Pass:
                 self.real = real
         self.rows = rows
         self.count = rows.target.shape[0]
-        self.head = Head(weight, bias, compute_dtype)
-        self.teacher_head = None
-        if teacher_kind == "hidden":
-            low = teacher[1].dtype if teacher[1].dtype.itemsize < 4 else compute_dtype
-            self.teacher_head = Head(teacher[1], teacher[2] if len(teacher) > 2 else None, low)
+        self.head = Head(weight, bias, compute_dtype, task.dtype)
+        self.teacher_head = teacher_head(teacher, task.dtype) if teacher_kind == "hidden" else None
         self.geometry = geometry.chunks(
             rows=hidden.shape[0], vocabulary=weight.shape[0], hidden=hidden.shape[1],
             teacher_hidden=teacher[0].shape[1] if teacher_kind == "hidden" else 0, weight_dtype=weight.dtype,
             compute_dtype=compute_dtype, device=device, teacher=teacher_kind, weight_grad=bool(needs & WEIGHT_GRAD),
             bias_grad=bool(needs & BIAS_GRAD), backend=dispatch.resolve(backend, device),
             budget=None if budget < 0 else budget,
+            hidden_grad=bool(needs & HIDDEN_GRAD), recompute=recompute,
+            ids=(teacher[0].shape[1] if teacher_kind == "topk" else 0) + (0 if ids is None else ids.shape[1]),
             teacher_itemsize=teacher[0].element_size() if teacher_kind == "logits" else 4,
         )  # fmt: skip
         size = min(self.geometry.rows, self.count)
@@ -232,39 +239,29 @@ class _Pass:
         needs, head = self.needs, self.head
         make = torch.empty if self.index is None and self.count else torch.zeros
         shape = self.hidden.shape if needs & HIDDEN_GRAD else (0,)
-        self.dx = make(shape, dtype=self.hidden.dtype, device=self.hidden.device)
+        self.dx = make(shape, dtype=head.dtype, device=self.hidden.device)
         # dW's first chunk overwrites; without a chunk it is zero
         make = torch.empty if self.count else torch.zeros
         self.dw = make(self.weight.shape if needs & WEIGHT_GRAD else (0,), dtype=head.dtype, device=self.weight.device)
         size = self.bias.shape if needs & BIAS_GRAD else (0,)
         self.db = torch.zeros(size, dtype=head.dtype, device=self.weight.device)
 
-    def accumulate(self, part: slice, x, tile, t, rows: Rows, coef, ids_grad, scale: Tensor | None) -> None:
-        """The chunk's gradients; ``scale`` multiplies what a low-precision dz must not carry itself."""
+    def accumulate(self, part: slice, x, tile, t, rows: Rows, coef, ids_grad) -> None:
+        """The chunk's gradients, in the accumulator's dtype."""
         dz = self.out[: x.shape[0]]
         write_grad(self.task, tile, t, dz, coef, ids_grad, rows)
         if self.needs & HIDDEN_GRAD:
             dx = self.head.input_grad(dz)
-            if scale is not None:
-                dx.mul_(scale)
             if self.index is None:
                 self.dx[part] = dx
             elif self.real is None:
-                self.dx.index_copy_(0, self.index[part], dx.to(self.dx.dtype))
+                self.dx.index_copy_(0, self.index[part], dx)
             else:  # repeated places are exact zeros
-                self.dx.index_add_(0, self.index[part], dx.to(self.dx.dtype))
+                self.dx.index_add_(0, self.index[part], dx)
         if self.needs & WEIGHT_GRAD:
             self.head.weight_grad(dz, x, self.dw, first=part.start == 0)
         if self.needs & BIAS_GRAD:
             self.db += dz.sum(0, dtype=self.db.dtype)
-
-    def finish_gradients(self, scale: Tensor | None):
-        if scale is not None:
-            self.dw.mul_(scale)
-            self.db.mul_(scale)
-        dw = self.dw.to(self.weight.dtype)
-        db = self.db if self.bias is None else self.db.to(self.bias.dtype)
-        return self.dx, dw, db
 
     def spread(self, values: Tensor) -> Tensor:
         """(..., kept rows) -> (..., N), zeros elsewhere."""
@@ -298,18 +295,22 @@ def _forward(
     teacher_scale: float, teacher_softcap: float, teacher_temperature: float, flat_temperature: float,
     ignore_index: int, num_valid: int, budget: int, needs: int, compute_dtype: torch.dtype, reduction: str,
     metrics: str, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss, metrics (M, N), dX, dW, db, coefficients, ids_grad; what is not needed is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss, metrics (M, N), dX, dW, db, coefficients, ids_grad, 1 / count; what is not needed is empty.
+
+    dX, dW and db are those of the *sum*, in the accumulator's dtype: the mean's denominator and the upstream
+    gradient are applied together in backward, before the one rounding to the operands' dtype.  A gradient of
+    fp16 that carried 1 / N would underflow, and one that met a loss scale after rounding would overflow.
+    """
     walk = _Pass(
         hidden, weight, bias, target, token_weight, temperature, ids, sequence, teacher, objective, teacher_kind, tail,
         Transforms(scale, softcap, teacher_scale, teacher_softcap, teacher_temperature), flat_temperature,
-        ignore_index, num_valid, budget, needs, compute_dtype, metrics, backend,
+        ignore_index, num_valid, budget, needs, compute_dtype, metrics, backend, reduction == "none",
     )  # fmt: skip
     task = walk.task
     now = bool(needs) and reduction != "none"  # gradients in this pass
     # everything the sum is divided by is known before the first chunk
     _, inverse = reduce(walk.rows.factor[:0], walk.all_rows, reduction, denominator)
-    late = inverse if walk.head.mode == "mixed" else None
     if task.objective.couple is not None:
         walk.rows.weight = couple_rows(task, (walk.project(part)[1:] for part in walk.chunks()), walk.rows)
     losses = walk.rows.factor.new_zeros(walk.count)
@@ -323,10 +324,7 @@ def _forward(
         x, tile, t, rows = walk.project(part)
         losses[part], table[:, part], coef, ids_grad = evaluate(task, tile, t, rows, gradients=bool(needs))
         if now:
-            if inverse is not None and late is None:
-                coef = scale_coefficients(coef, inverse)
-                ids_grad = None if ids_grad is None else ids_grad * inverse
-            walk.accumulate(part, x, tile, t, rows, coef, ids_grad, late)
+            walk.accumulate(part, x, tile, t, rows, coef, ids_grad)
         elif needs:
             coefs[:, part] = coef
             if ids_grad is not None:
@@ -335,9 +333,10 @@ def _forward(
     loss = walk.spread(losses) if reduction == "none" else total if inverse is None else total * inverse
     if reduction == "none" and walk.index is None:
         loss = loss.clone()
-    grads = walk.finish_gradients(late) if now else tuple(hidden.new_empty(0) for _ in range(3))
+    grads = (walk.dx, walk.dw, walk.db) if now else tuple(losses.new_empty(0) for _ in range(3))
+    inverse = losses.new_ones(()) if inverse is None else inverse
     ids_full = walk.spread(ids_grads.t()).t().contiguous() if width else losses.new_empty(0, 0)
-    return loss, walk.spread(table), *grads, walk.spread(coefs), ids_full
+    return loss, walk.spread(table), *grads, walk.spread(coefs), ids_full, inverse
 
 
 _linear_loss = registered("burnish::linear_loss", _forward)
@@ -351,25 +350,16 @@ def _(hidden, weight, bias, target, token_weight, temperature, denominator, ids,
     count = len([m for m in metrics.split(",") if m])
     now, later = bool(needs) and reduction != "none", bool(needs) and reduction == "none"
     loss = hidden.new_empty((n,) if reduction == "none" else (), dtype=dtype)
-    dx = hidden.new_empty(hidden.shape if now and needs & HIDDEN_GRAD else (0,))
-    dw = weight.new_empty(weight.shape if now and needs & WEIGHT_GRAD else (0,))
-    wants_bias = now and needs & BIAS_GRAD
-    db = (
-        bias.new_empty(bias.shape)
-        if wants_bias
-        else hidden.new_empty((0,), dtype=_empty_bias(bias, now, hidden, dtype))
-    )
+    dx = hidden.new_empty(hidden.shape if now and needs & HIDDEN_GRAD else (0,), dtype=dtype)
+    dw = weight.new_empty(weight.shape if now and needs & WEIGHT_GRAD else (0,), dtype=dtype)
+    db = hidden.new_empty(bias.shape if now and needs & BIAS_GRAD else (0,), dtype=dtype)
     coef = hidden.new_empty((len(COEF) if later else 0, n), dtype=dtype)
     ids_grad = hidden.new_empty(tuple(ids.shape) if later and reads_ids(objective) else (0, 0), dtype=dtype)
-    return loss, hidden.new_empty((count, n), dtype=dtype), dx, dw, db, coef, ids_grad
+    one = hidden.new_empty((), dtype=dtype)
+    return loss, hidden.new_empty((count, n), dtype=dtype), dx, dw, db, coef, ids_grad, one
 
 
-def _empty_bias(bias, now, hidden, dtype):
-    return hidden.dtype if not now else dtype if bias is None else bias.dtype
-
-
-@torch.library.custom_op("burnish::linear_loss_backward", mutates_args=())
-def _linear_loss_backward(
+def _recompute(
     upstream: Tensor, coef: Tensor, ids_grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     target: Tensor, token_weight: Tensor | None, temperature: Tensor | None, ids: Tensor | None,
     teacher: list[Tensor], objective: str, teacher_kind: str, tail: str, scale: float, softcap: float,
@@ -380,16 +370,27 @@ def _linear_loss_backward(
     walk = _Pass(
         hidden, weight, bias, target, token_weight, temperature, ids, None, teacher, objective, teacher_kind, tail,
         Transforms(scale, softcap, teacher_scale, teacher_softcap, teacher_temperature), flat_temperature,
-        ignore_index, num_valid, budget, needs, compute_dtype, "", backend,
+        ignore_index, num_valid, budget, needs, compute_dtype, "", backend, True,
     )  # fmt: skip
     walk.start_gradients()
+    # a narrow dz must not carry the size of the upstream gradient, 1 / N or a loss scale: it is brought to 1 first
+    norm = None
+    if walk.head.mode == "mixed" and upstream.numel():
+        norm = upstream.abs().amax().to(coef.dtype).clamp(min=torch.finfo(torch.float32).tiny)
     for part in walk.chunks():
         x, tile, t, rows = walk.project(part)
         factor = walk._take(upstream, part).to(coef.dtype)
+        factor = factor if norm is None else factor / norm
         c = scale_coefficients(coef[:, part] if walk.index is None else coef[:, walk.index[part]], factor)
         g = walk._take(ids_grad, part) * factor[:, None] if ids_grad.numel() else None
-        walk.accumulate(part, x, tile, t, rows, c, g, None)
-    return walk.finish_gradients(None)
+        walk.accumulate(part, x, tile, t, rows, c, g)
+    norm = upstream.new_ones(()) if norm is None else norm
+    kinds = (hidden.dtype, weight.dtype, walk.db.dtype if bias is None else bias.dtype)
+    dx, dw, db = (_scaled(g, norm, kind, own=True) for g, kind in zip((walk.dx, walk.dw, walk.db), kinds, strict=True))
+    return dx, dw, db
+
+
+_linear_loss_backward = torch.library.custom_op("burnish::linear_loss_backward", _recompute, mutates_args=())
 
 
 @_linear_loss_backward.register_fake
@@ -397,22 +398,36 @@ def _(upstream, coef, ids_grad, hidden, weight, bias, *rest):
     needs = rest[-3]
     dx = hidden.new_empty(hidden.shape if needs & HIDDEN_GRAD else (0,))
     dw = weight.new_empty(weight.shape if needs & WEIGHT_GRAD else (0,))
-    db = hidden.new_empty((0,), dtype=coef.dtype) if bias is None else bias.new_empty(
-        bias.shape if needs & BIAS_GRAD else (0,))  # fmt: skip
+    db = coef.new_empty((0,)) if bias is None else bias.new_empty(bias.shape if needs & BIAS_GRAD else (0,))
     return dx, dw, db
+
+
+def _scaled(g: Tensor, factor: Tensor, dtype: torch.dtype, *, own: bool) -> Tensor:
+    """factor * g, multiplied in g's dtype and rounded once to ``dtype``; in g itself where it is ours to use up."""
+    factor = factor.to(g.dtype)
+    if dtype == g.dtype:
+        return g.mul_(factor) if own else g * factor
+    if g.ndim < 2:
+        return (g * factor).to(dtype)
+    out = torch.empty(g.shape, dtype=dtype, device=g.device)
+    step = max(1, _CAST_BYTES // (g.shape[1] * g.element_size()))
+    for start in range(0, g.shape[0], step):  # never a second full-precision copy
+        out[start : start + step] = g[start : start + step] * factor
+    return out
 
 
 def _keep(ctx, inputs, output):
     hidden, weight, bias, target, token_weight, temperature, _, ids, _, teacher, *options = inputs
-    loss, table, dx, dw, db, coef, ids_grad = output
+    loss, table, dx, dw, db, coef, ids_grad, inverse = output
     ctx.set_materialize_grads(False)
     ctx.objective = LIVE.get(options[0])  # backward finds it by key: keep it alive
-    ctx.mark_non_differentiable(table, dx, dw, db, coef, ids_grad)
+    ctx.mark_non_differentiable(table, dx, dw, db, coef, ids_grad, inverse)
     ctx.options, ctx.inputs, ctx.per_row = options, len(inputs), loss.ndim == 1
+    ctx.kinds = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     if ctx.per_row:
         ctx.save_for_backward(hidden, weight, bias, target, token_weight, temperature, ids, coef, ids_grad, *teacher)
     else:
-        ctx.save_for_backward(dx, dw, db)
+        ctx.save_for_backward(dx, dw, db, inverse)
     ctx.teachers = len(teacher)
 
 
@@ -423,22 +438,33 @@ def _backward(ctx, upstream, *_, eager: bool = False):
         return None, None, None, *rest
     (key, kind, tail, scale, softcap, t_scale, t_softcap, t_temp, flat, ignore_index, num_valid, budget, needs,
      compute, _, _, backend) = ctx.options  # fmt: skip
+    wanted = (HIDDEN_GRAD, WEIGHT_GRAD, BIAS_GRAD)
     if ctx.per_row:
         hidden, weight, bias, target, token_weight, temperature, ids, coef, ids_grad, *teacher = ctx.saved_tensors
-        grads = _linear_loss_backward(
+        grads = (_recompute if eager else _linear_loss_backward)(
             upstream, coef, ids_grad, hidden, weight, bias, target, token_weight, temperature, ids, teacher, key, kind,
             tail, scale, softcap, t_scale, t_softcap, t_temp, flat, ignore_index, num_valid, budget, needs, compute,
             backend,
         )  # fmt: skip
-    else:
-        # A graph that is freed after this call owns these buffers alone: scale them where they lie, so
-        # that dW never exists twice.  A graph that is kept gets fresh ones, and a second backward the
-        # same gradient again.
-        grads = ctx.saved_tensors
-        once = eager and not torch._C._autograd._get_current_graph_task_keep_graph()
-        grads = [g.mul_(upstream.to(g.dtype)) if once else g * upstream.to(g.dtype) for g in grads]
-    wanted = (HIDDEN_GRAD, WEIGHT_GRAD, BIAS_GRAD)
-    return *(g if needs & bit else None for g, bit in zip(grads, wanted, strict=True)), *rest
+        return *(g if needs & bit else None for g, bit in zip(grads, wanted, strict=True)), *rest
+    *sums, inverse = ctx.saved_tensors
+    own = eager and _owns_what_it_saved(ctx, upstream)
+    factor = upstream * inverse
+    grads = tuple(
+        _scaled(g, factor, dtype, own=own) if needs & bit else None
+        for g, dtype, bit in zip(sums, ctx.kinds, wanted, strict=True)
+    )
+    return *grads, *rest
+
+
+def _owns_what_it_saved(ctx, upstream: Tensor) -> bool:
+    """Whether the saved gradients may be scaled where they lie, so that dW never exists twice.
+
+    A graph that is freed after this call has them to itself.  Not so a graph that is kept, whose second backward must
+    find them as they were, nor one whose saved tensors a hook holds; and a batch of upstream gradients does not fit.
+    """
+    batched = torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(upstream)
+    return not (ctx.hooked or batched or torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 _linear_loss.register_autograd(_backward, setup_context=_keep)
@@ -446,10 +472,14 @@ _linear_loss.register_autograd(_backward, setup_context=_keep)
 
 class _LinearLoss(torch.autograd.Function):
     forward = staticmethod(_forward)
-    setup_context = staticmethod(_keep)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):
+        _keep(ctx, inputs, output)
+        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+    @staticmethod
+    @refuse_second_derivative
     def backward(ctx, *upstream):
         grads = without_autocast(_backward)(ctx, *upstream, eager=True)
         return *grads[:9], None, *grads[10:]  # a list of tensors is no input that autograd knows

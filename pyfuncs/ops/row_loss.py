@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..kernels.contract import COEF, scale_coefficients
+from ..kernels.rows_torch import transform
 from ..objectives.base import LIVE
 from .core import (
     Rows,
@@ -18,11 +18,12 @@ from .core import (
     evaluate,
     fold,
     make_rows,
+    refuse_second_derivative,
     registered,
     without_autocast,
     write_grad,
 )
-from .gemm import Head, accumulator
+from .gemm import accumulator, teacher_head
 from .inputs import check_float, prepare, unpack
 from .teacher import Teacher, cut
 
@@ -50,7 +51,7 @@ def row_loss(
     c = prepare(
         objective, logits.shape[:-1], logits.shape[-1], logits.device, target, ids=ids, sequences=sequences,
         token_weight=token_weight, teacher=teacher, reduction=reduction, num_items=num_items, scale=scale,
-        softcap=softcap, temperature=temperature, metrics=metrics,
+        softcap=softcap, temperature=temperature, metrics=metrics, ignore_index=ignore_index,
     )  # fmt: skip
     t = c.transforms
     op = _RowLoss.apply
@@ -73,7 +74,7 @@ def _setup(
         objective, transforms, metrics=metrics, backend=backend, device=logits.device, dtype=accumulator(logits.dtype),
         teacher=teacher_kind, tail=tail, temperature=temperature is not None or flat_temperature != 1.0,
     )  # fmt: skip
-    check_labels(target, logits.shape[1], ignore_index)
+    check_labels(target, logits.shape[1], ignore_index, ids)
     device = logits.device
     rows = make_rows(
         task, target.to(device), None if token_weight is None else token_weight.to(device), ignore_index,
@@ -93,7 +94,7 @@ def _teacher_tile(task: Task, tile: Tensor, teacher: list[Tensor], rows: Rows) -
     out = torch.empty(tile.shape, dtype=task.dtype, device=tile.device)
     if task.teacher == "topk":
         return dense_teacher(task, out, tile, teacher[0], teacher[1], rows)
-    head = Head(teacher[1], teacher[2] if len(teacher) > 2 else None, teacher[1].dtype)
+    head = teacher_head(teacher, task.dtype)
     return head.project(teacher[0].to(head.operand), out)
 
 
@@ -158,14 +159,13 @@ def reduce(losses: Tensor, rows: Rows, reduction: str, denominator: Tensor | Non
         return losses.clone(), None
     if reduction == "sum":
         return losses.sum(), None
-    # no label that counts: 0 / 1, not 0 / 0, so that an all-masked micro-batch adds nothing
-    count = rows.valid.sum().clamp(min=1) if denominator is None else denominator
-    inverse = count.to(losses.dtype).reciprocal()
+    # nothing that counts: 0 / 1, not 0 / 0, so that an all-masked micro-batch adds nothing
+    count = (rows.valid.sum() if denominator is None else denominator).to(losses.dtype)
+    inverse = torch.where(count == 0, 1.0, count).reciprocal()
     return losses.sum() * inverse, inverse
 
 
-@torch.library.custom_op("burnish::row_loss_backward", mutates_args=())
-def _row_loss_backward(
+def _gradient(
     upstream: Tensor, coef: Tensor, ids_grad: Tensor, logits: Tensor, target: Tensor, token_weight: Tensor | None,
     temperature: Tensor | None, ids: Tensor | None, teacher: list[Tensor], objective: str, teacher_kind: str,
     tail: str, scale: float, softcap: float, teacher_scale: float, teacher_softcap: float, teacher_temperature: float,
@@ -181,6 +181,9 @@ def _row_loss_backward(
     g = ids_grad * factor[:, None] if ids_grad.shape[0] == tile.shape[0] and ids is not None else None
     write_grad(task, tile, t, out, scale_coefficients(coef, factor), g, rows)
     return out
+
+
+_row_loss_backward = torch.library.custom_op("burnish::row_loss_backward", _gradient, mutates_args=())
 
 
 @_row_loss_backward.register_fake
@@ -199,12 +202,12 @@ def _keep(ctx, inputs, output):
     ctx.inputs = len(inputs)
 
 
-def _backward(ctx, upstream, *_):
+def _backward(ctx, upstream, *_, eager: bool = False):
     if upstream is None:
         return (None,) * ctx.inputs
     logits, target, token_weight, temperature, ids, coef, ids_grad, *teacher = ctx.saved_tensors
     (objective, kind, tail, scale, softcap, t_scale, t_softcap, t_temp, flat, ignore_index, _, _, backend) = ctx.options
-    grad = _row_loss_backward(
+    grad = (_gradient if eager else _row_loss_backward)(
         upstream, coef, ids_grad, logits, target, token_weight, temperature, ids, teacher, objective, kind, tail, scale,
         softcap, t_scale, t_softcap, t_temp, flat, ignore_index, backend,
     )  # fmt: skip
@@ -219,9 +222,9 @@ class _RowLoss(torch.autograd.Function):
     setup_context = staticmethod(_keep)
 
     @staticmethod
-    @once_differentiable
+    @refuse_second_derivative
     def backward(ctx, *upstream):
-        grads = without_autocast(_backward)(ctx, *upstream)
+        grads = without_autocast(_backward)(ctx, *upstream, eager=True)
         return *grads[:7], None, *grads[8:]  # a list of tensors is no input that autograd knows
 
 
@@ -231,7 +234,16 @@ def implied_target(logits: Tensor, target: Tensor, objective, **arguments) -> Te
     Sums to 1 a row; entries may be negative (GEM, confidence penalty, focal).  For inspection: it holds
     whole rows.  ``arguments`` are those of ``row_loss`` except reduction; logits (N, V).
     """
-    z = logits.detach().to(accumulator(logits.dtype)).requires_grad_()
-    loss = row_loss(z, target, objective, reduction="sum", **arguments)
-    (g,) = torch.autograd.grad(loss, z)
+    if "metrics" in arguments or "reduction" in arguments:
+        raise ValueError("implied_target takes neither metrics nor reduction")
+    scale, softcap = arguments.pop("scale", 1.0), arguments.pop("softcap", None)
+    temperature = torch.as_tensor(arguments.pop("temperature", 1.0), device=logits.device)
+    inverse = temperature.to(accumulator(logits.dtype)).reciprocal().expand(logits.shape[:-1]).reshape(-1)
+    flat = logits.detach().reshape(-1, logits.shape[-1])
+    # p and g are those of z, the logits after every transform
+    z = transform(flat, inverse.dtype, scale, softcap or 0.0, inverse)[0].reshape(logits.shape)
+    with torch.inference_mode(False), torch.enable_grad():
+        z = z.clone().requires_grad_()
+        loss = row_loss(z, target, objective, reduction="sum", **arguments)
+        (g,) = torch.autograd.grad(loss, z)
     return z.detach().softmax(-1) - g

@@ -55,7 +55,18 @@ class Teacher:
             raise ValueError(f"Teacher needs both {begun[0]}")
         if self.bias is not None and self.weight is None:
             raise ValueError("Teacher: bias goes with hidden and weight")
+        for part in ("hidden", "weight", "bias", "logits", "ids", "logp"):
+            value = getattr(self, part)
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise TypeError(f"Teacher: {part} must be a tensor; got {type(value).__name__}")
+        for part in ("scale", "temperature"):
+            if not getattr(self, part) > 0:
+                raise ValueError(f"Teacher: {part} must be > 0; got {getattr(self, part)}")
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(f"Teacher: bias must be ({self.weight.shape[0]},); got {tuple(self.bias.shape)}")
         if self.ids is not None:
+            if self.ids.ndim < 2 or self.ids.shape[-1] == 0:
+                raise ValueError(f"Teacher: ids must be (N, K) with K >= 1; got {tuple(self.ids.shape)}")
             if self.tail not in TAILS:
                 raise ValueError(f"Teacher with ids and logp needs tail, one of {', '.join(TAILS)}; got {self.tail!r}")
             if self.scale != 1.0 or self.softcap or self.temperature != 1.0:

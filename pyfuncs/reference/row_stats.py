@@ -91,6 +91,8 @@ def row_loss(
             stats[name] = stats[name].detach()
     stats["entropy"] = stats["lse"] - stats["mean"]
     stats["prob"] = stats["logp"].exp()
+    if ids is not None:
+        stats["ids_logp"] = stats["ids"] - stats["lse"][:, None]
     s = SimpleNamespace(**stats, valid=valid, sequence=sequences, weight=None)
     if o.couple is not None:
         rows = torch.where(valid if token_weight is None else valid & (token_weight != 0))[0]

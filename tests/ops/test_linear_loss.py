@@ -93,13 +93,14 @@ def test_low_precision_beats_plain_torch(name, dtype, backend):
         assert relative(a, b) <= 1.0 * relative(p, b) + 0.5 * floor
 
 
-def _budget(leaves, extra, rows):
+def _budget(leaves, extra, rows, reduction="sum"):
     hidden, weight = leaves[:2]
     t = extra.get("teacher")
     common = {
         "rows": hidden.shape[0], "vocabulary": weight.shape[0], "hidden": hidden.shape[1], "weight_dtype": weight.dtype,
         "compute_dtype": hidden.dtype, "device": hidden.device, "bias_grad": True, "teacher": t.kind if t else "",
-        "teacher_hidden": t.hidden.shape[1] if t and t.kind == "hidden" else 0,
+        "teacher_hidden": t.hidden.shape[1] if t and t.kind == "hidden" else 0, "recompute": reduction == "none",
+        "ids": extra["ids"].shape[1] if "ids" in extra else 0,
     }  # fmt: skip
     g = geometry.chunks(**common)
     return g.fixed + rows * g.per_row
@@ -112,8 +113,8 @@ def test_any_chunking_gives_the_same_result(name, rows):
     o, hidden, weight, bias, target, extra = cases.problem(name, arguments, n=23, v=41)
     loss, want = reference_grads(o, hidden, weight, bias, target, extra)
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-    budget = _budget(leaves, extra, rows)
     for reduction in ("sum", "none"):
+        budget = _budget(leaves, extra, rows, reduction)
         got = linear_loss(*leaves[:2], target, o, bias=leaves[2], reduction=reduction, budget=budget, **extra)
         assert relative(got.sum(), loss.sum()) < 1e-13
         for a, b in zip(torch.autograd.grad(got.sum(), leaves), want, strict=True):
