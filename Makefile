@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# torch's CPU build and the Triton it pairs with; with a GPU: make TORCH=torch TRITON=triton
+# torch and the Triton it pairs with; another pair: make TORCH=torch==2.14.1 TRITON='triton==3.8.*'
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.*
 

@@ -62,7 +62,33 @@ def demo() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"objectives": ("docs/objectives.md", objectives), "results": ("README.md", demo)}
+def static() -> str:
+    r = json.loads((RESULTS / "static.json").read_text())
+    targets = ["sm_80", "sm_90", "sm_100", "gfx942"]
+    kernels = r["kernels"]
+    spilled = sum(any(k["spills"]) for k in kernels.values())
+    lines = [
+        f"{len(kernels)} compilations with triton {r['triton']}, {r['threads']} threads, {r['block']} columns a block: "
+        f"{spilled} with a spill. Registers a thread, fp32 / bf16 tiles:",
+        "",
+        "| kernel, objective | " + " | ".join(targets) + " |",
+        "|---|" + "---|" * len(targets),
+    ]
+    seen = dict.fromkeys("/".join(name.split("/")[:2]) for name in kernels)
+    for name in seen:
+        cells = []
+        for target in targets:
+            both = [kernels.get(f"{name}/{dtype}/{target}") for dtype in ("fp32", "bf16")]
+            cells.append(" / ".join(str(k["registers"]) for k in both if k))
+        lines.append(f"| {name.replace('/', ', ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+PARTS = {
+    "static": ("docs/kernels.md", static),
+    "objectives": ("docs/objectives.md", objectives),
+    "results": ("README.md", demo),
+}
 
 
 def main() -> int:

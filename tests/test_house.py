@@ -146,3 +146,11 @@ assert burnish.__file__.startswith({str(tmp_path)!r}), burnish.__file__
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_generated_parts_of_the_docs_are_current():
+    """Tables in README and docs are those of the registry and of the committed results."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "docs.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
