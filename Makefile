@@ -24,6 +24,7 @@ test: $(VENV)/.installed  ## every test; on a machine without a GPU kernels run 
 
 bench: $(VENV)/.installed  ## measured on this machine, results in benchmarks/results
 	$(BIN)/python benchmarks/linear_loss.py
+	$(BIN)/python benchmarks/rows.py
 	$(BIN)/python benchmarks/static.py
 
 gpu: $(VENV)/.installed  ## the tests and timings on a GPU; results named by device and versions

@@ -1,7 +1,7 @@
 """Which implementation of the row kernels serves a tensor.
 
-``auto`` follows the device: Triton on CUDA, ROCm and XPU, the torch twin elsewhere.  A backend that
-is asked for by name never falls back; ``auto`` falls back with one warning.
+``auto`` follows the device: Triton on CUDA, ROCm and XPU, C++ on the CPU (built at first use), the torch
+twin elsewhere.  A backend that is asked for by name never falls back; ``auto`` falls back with one warning.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "host", "torch")
 GPU_DEVICES = ("cuda", "xpu")
 
-_warned = False
+_warned: set[str] = set()
 
 
 def triton_installed() -> bool:
@@ -29,12 +29,18 @@ def _interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def resolve(backend: str, device: torch.device) -> str:
-    """The name of the backend that will run: "triton" or "torch".
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)
 
+
+def resolve(backend: str, device: torch.device, *, build: bool = True) -> str:
+    """The name of the backend that will run: "triton", "host" or "torch".
+
+    Without ``build`` nothing is compiled or warned of: the answer is then what may be expected.
     Raises ValueError for an unknown name, and RuntimeError where a named backend cannot run.
     """
-    global _warned
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "torch":
@@ -45,13 +51,31 @@ def resolve(backend: str, device: torch.device) -> str:
         if device.type not in GPU_DEVICES and not _interpreted():
             raise RuntimeError(f"backend='triton' needs tensors on a GPU; got device {device}")
         return backend
+    if backend == "host":
+        if device.type != "cpu":
+            raise RuntimeError(f"backend='host' needs tensors on the CPU; got device {device}")
+        if build:
+            _host().library()
+        return backend
     if device.type in GPU_DEVICES:
         if triton_installed():
             return "triton"
-        if not _warned:
-            _warned = True
-            warnings.warn("triton is not installed: burnish runs its torch twin on this GPU", stacklevel=3)
+        if build:
+            _warn_once("triton is not installed: burnish runs its torch twin on this GPU")
+    elif device.type == "cpu":
+        if not build:
+            return "torch" if _host().obstacle() else "host"
+        try:
+            _host().library()
+        except RuntimeError as error:
+            _warn_once(f"burnish runs its torch twin, slower and as exact: {error}")
+        else:
+            return "host"
     return "torch"
+
+
+def _host() -> ModuleType:
+    return importlib.import_module(".rows_host", __package__)
 
 
 def rows(backend: str) -> ModuleType:

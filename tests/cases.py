@@ -6,6 +6,7 @@ import torch
 
 from burnish import Teacher, objectives
 
+BACKENDS = ("torch", "triton", "host")
 #: name -> argument sets that together reach every branch.
 ARGUMENTS: dict[str, list[dict]] = {
     "asft": [{}, {"lam": 1.0}],

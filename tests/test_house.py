@@ -20,7 +20,8 @@ def test_import_is_light():
 import sys, os
 before = dict(os.environ)
 import burnish, burnish.kernels
-heavy = {"transformers", "trl", "datasets", "triton", "burnish.kernels.rows_triton"} & set(sys.modules)
+heavy = {"transformers", "trl", "datasets", "triton", "burnish.kernels.rows_triton",
+         "burnish.kernels.rows_host", "torch.utils.cpp_extension"} & set(sys.modules)
 assert not heavy, heavy
 import torch
 assert not torch.cuda.is_initialized()
@@ -136,7 +137,8 @@ def test_wheel_has_every_module(tmp_path):
     want = {f"burnish/{p.relative_to(ROOT / 'pyfuncs')}" for p in ROOT.glob("pyfuncs/**/*.py")}
     want |= {f"burnish/kernels/{p.relative_to(ROOT / 'kernels')}" for p in ROOT.glob("kernels/**/*.py")}
     assert want <= inside
-    assert "burnish/py.typed" in inside
+    assert {"burnish/py.typed", "burnish/kernels/host/rows.cpp"} <= inside
+    assert not [n for n in inside if n.endswith((".so", ".pyd"))]  # nothing is compiled by installing
     assert any(n.endswith("licenses/LICENSE") for n in inside)
     code = f"""
 import sys

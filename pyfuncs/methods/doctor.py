@@ -10,7 +10,7 @@ import subprocess
 
 import torch
 
-from ..kernels import dispatch
+from ..kernels import dispatch, rows_host
 
 PACKAGES = (
     "burnish", "torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "reasoning-gym", "gguf",
@@ -40,8 +40,10 @@ def report() -> list[tuple[str, str]]:
     rows.append(("C++ compiler", _compiler()))
     rows.append(("ninja", shutil.which("ninja") or "not found"))
     rows.append(("weights", _weights()))
+    problem = rows_host.obstacle()
+    rows.append(("host backend", f"not available: {problem}" if problem else "available, or will be at first use"))
     for op in OPS:
-        served = (f"{dispatch.resolve('auto', device)} on {device.type}" for device in devices)
+        served = (f"{dispatch.resolve('auto', device, build=False)} on {device.type}" for device in devices)
         rows.append((op, ", ".join(served)))
     return rows
 

@@ -37,8 +37,8 @@ def chunks(
     Scratch, beside inputs, outputs and gradients: a chunk holds its logits (V, accumulator dtype), the
     gradient in the operands' dtype where that differs, the teacher's logits, and copies of its rows of hidden;
     fixed are the fp32 accumulators of dW and dX where weight and hidden are narrower, a cast slab or copy of the
-    weight, the torch twin's blocks, and a few numbers a row.  ``recompute``: for ``reduction="none"``, whose
-    coefficients wait for backward.  ``ids``: K of a top-K teacher and of the op's ids.
+    weight, the torch twin's blocks (the host's lie on its threads' stacks), and a few numbers a row.  ``recompute``:
+    for ``reduction="none"``, whose coefficients wait for backward.  ``ids``: K of a top-K teacher and of the op's ids.
     """
     acc = gemm.accumulator(compute_dtype)
     size, low = acc.itemsize, compute_dtype.itemsize
@@ -66,7 +66,8 @@ def chunks(
         fixed += vocabulary * hidden * size
     if bias_grad:
         fixed += 2 * vocabulary * size
-    if backend == "torch":
+    # a top-K teacher is made dense with the twin's blocks on the host too
+    if backend == "torch" or (backend == "host" and teacher == "topk"):
         fixed += scratch_bytes(vocabulary, size)
     if budget is None:
         default = DEFAULT_ROWS.get(device.type, DEFAULT_ROWS_GPU)

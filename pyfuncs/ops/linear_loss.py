@@ -78,7 +78,7 @@ def linear_loss(
         plan: "tokens"; "auto" chooses.
         budget: bytes of scratch beside inputs, outputs and gradients; fixes the chunk size.  Default:
             what 256 tokens need on a CPU, 1024 elsewhere.
-        backend: "auto" (the tensors' device), "triton" or "torch".
+        backend: "auto" (the tensors' device), "triton", "host" (C++ on the CPU) or "torch".
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs), 0-dim or of target's shape; with ``metrics`` a pair

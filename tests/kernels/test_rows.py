@@ -1,4 +1,4 @@
-"""Row kernels of both backends against the definition: every statistic, its gradient, every dtype."""
+"""Row kernels of every backend against the definition: every statistic, its gradient, every dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rowcheck import BASE, check, expected, fold, grad, problem, spec_of
 
 import burnish
 from burnish import Teacher, objectives
-from burnish.kernels import rows_torch, rows_triton
+from burnish.kernels import rows_host, rows_torch, rows_triton
 from burnish.kernels.contract import DIFFERENTIABLE, STATISTICS
 from burnish.ops import core
 
@@ -80,19 +80,17 @@ def test_block_of_the_real_size(kernels, monkeypatch, device):
     """More than one block of the shipped size."""
     monkeypatch.setattr(rows_triton, "BLOCK", 2048)
     monkeypatch.setattr(rows_torch, "BLOCK_BYTES", 2 << 20)
+    monkeypatch.setattr(rows_host, "BLOCK", 1024)
     p = problem(2, 4099, seed=4, dtype=torch.float32, device=device)
     p.target[0] = 4098
     compare(kernels, p, spec_of(*ALL))
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
-def test_ops_fold_forms_top_entropy(name, device):
+def test_ops_fold_forms_top_entropy(kernels, device):
     """top_entropy comes from the ops, around the same kernels."""
     p = problem(4, 37, seed=5, device=device)
     spec = spec_of(*STATISTICS, top_k=5, scale=0.7, softcap=9.0, temperature=True, teacher_temperature=True)
-    from burnish.kernels import dispatch
-
-    task = SimpleNamespace(kernels=dispatch.rows(name), dtype=torch.float64, teacher="")
+    task = SimpleNamespace(kernels=kernels, dtype=torch.float64, teacher="")
     rows = SimpleNamespace(
         target=p.target, inv_temp=p.inv_temp, teacher_inv_temp=p.teacher_inv_temp, ids=p.ids
     )  # fmt: skip
@@ -214,6 +212,7 @@ def test_gradcheck_through_the_triton_source(name, device, monkeypatch):
 def test_every_statistic_has_a_test():
     """A statistic that is added to the contract is added here."""
     assert set(ALL) | {"top_entropy"} == set(STATISTICS) and set(DIFFERENTIABLE) <= set(ALL)
-    assert set(inspect.signature(rows_torch.fold).parameters) == set(inspect.signature(rows_triton.fold).parameters)
-    assert set(inspect.signature(rows_torch.grad).parameters) == set(inspect.signature(rows_triton.grad).parameters)
+    for other in (rows_triton, rows_host):
+        for name in ("fold", "fold_jsd", "grad"):
+            assert inspect.signature(getattr(rows_torch, name)) == inspect.signature(getattr(other, name))
     assert set(STATISTICS) > BASE

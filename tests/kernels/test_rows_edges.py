@@ -1,4 +1,4 @@
-"""Row kernels at their edges: slabs, shapes, strides, masks, labels, ids, offsets and grids; both backends."""
+"""Row kernels at their edges: slabs, shapes, strides, masks, labels, ids, offsets and grids; every backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from rowcheck import FOLDED, check, expected, fold, grad, problem, spec_of
 
-from burnish.kernels import rows_torch, rows_triton
+from burnish.kernels import rows_host, rows_torch, rows_triton
 from burnish.kernels.contract import COEF, MASKED, STATE, new_state
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -100,11 +100,12 @@ def test_tiles_cut_from_wider_buffers(kernels, device):
     assert bool((base[:, :3] == 7).all()) and bool((base[:, 40:] == 7).all())
 
 
-def test_a_strided_last_dimension_is_refused(device):
+@pytest.mark.parametrize("strict", [rows_triton, rows_host])
+def test_a_strided_last_dimension_is_refused(strict, device):
     p = problem(4, 8, device=device)
     state = new_state(8, torch.float64, p.tile.device)
     with pytest.raises(ValueError, match="tile must have unit stride"):
-        rows_triton.fold(p.tile.t(), None, state, p.target, spec_of())
+        strict.fold(p.tile.t(), None, state, p.target, spec_of())
 
 
 # Masks
@@ -234,23 +235,24 @@ def test_a_row_of_zero_stride_has_room_for_any_number_of_rows(kernels, device):
     assert len(set(stats["lse"].tolist())) == 1
 
 
-def test_row_offsets_are_64_bit(device):
+@pytest.mark.parametrize("backend", [rows_triton, rows_host])
+def test_row_offsets_are_64_bit(backend, device):
     """Two rows 2^31 + 2^12 elements apart, in pages that nobody touches: int32 offsets would miss the second."""
     if device.type != "cpu":
         pytest.skip("needs sparse memory")
     far = (1 << 31) + 4096
     p, spec = problem(2, 37, dtype=torch.float16), spec_of(*FOLDED)
-    want = fold(rows_triton, p, spec)
-    want_grad = grad(rows_triton, p, spec, want)
+    want = fold(backend, p, spec)
+    want_grad = grad(backend, p, spec, want)
     wide, into = (torch.as_strided(torch.empty(far + 64, dtype=torch.float16), (2, 37), (far, 1)) for _ in range(2))
     p.tile = wide.copy_(p.tile)
-    got = fold(rows_triton, p, spec)
+    got = fold(backend, p, spec)
     for name in spec.stats:
         assert torch.equal(got[name], want[name]), name
     p.teacher = into.copy_(p.teacher)  # the teacher's rows as well, and then the output's
-    assert torch.equal(fold(rows_triton, p, spec)["cross"], want["cross"])
+    assert torch.equal(fold(backend, p, spec)["cross"], want["cross"])
     p.teacher = p.teacher.clone()
-    assert torch.equal(grad(rows_triton, p, spec, got, wide=into), want_grad)
+    assert torch.equal(grad(backend, p, spec, got, wide=into), want_grad)
 
 
 class _Grid:
@@ -283,13 +285,14 @@ def test_grids_stay_within_the_limits(monkeypatch, rows, columns):
 
 
 def test_many_rows_and_many_columns(kernels, monkeypatch, device):
-    """70,000 rows (beyond a grid's axis 1) on the twin, and V beyond 262,144 on both."""
+    """70,000 rows (beyond a grid's axis 1) on the twin and the host, and V beyond 262,144 on all."""
     monkeypatch.setattr(rows_triton, "BLOCK", 1 << 17)  # three blocks
     monkeypatch.setattr(rows_torch, "BLOCK_BYTES", 2 << 20)
+    monkeypatch.setattr(rows_host, "BLOCK", 1024)
     p = problem(2, 262_147, device=device, k=2)
     p.target[0] = 262_146
     agree(kernels, p, spec_of(*ALL))
-    if kernels is rows_torch:
+    if kernels is not rows_triton:
         agree(kernels, problem(70_000, 3, device=device), spec_of("mean", "mix"))
 
 

@@ -293,7 +293,7 @@ def test_limits_of_the_label_probability():
     assert g[0, 4] == 0
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_low_precision_keeps_the_labels_gradient(backend):
     """dz_y is formed in fp32 and rounded once: subtracting 1 from a bf16 p_y = 0.999 leaves nothing of it."""
     y = torch.tensor([1])
@@ -332,7 +332,7 @@ def test_user_objective_of_the_readme_has_an_exact_gradient():
     zr = z.clone().requires_grad_()
     ref = reference.row_loss(zr, y, mine[0], teacher=t)
     (want,) = torch.autograd.grad(ref.sum(), zr)
-    for backend in ("torch", "triton"):
+    for backend in cases.BACKENDS:
         loss, g = value_grad(mine[0], z, y, t if mine[0].needs else None, backend=backend)
         close(loss, ref.detach())
         close(g, want)

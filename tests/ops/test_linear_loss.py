@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from burnish import Teacher, linear_loss, objectives, reference, row_loss
+from burnish.kernels import dispatch
 from burnish.ops import geometry
 
 IDS = [c[0] for c in cases.all_objectives()]
@@ -37,7 +38,7 @@ def cast(extra, dtype):
     return out
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize(("ident", "name", "arguments"), list(cases.all_objectives()), ids=IDS)
 def test_every_objective(ident, name, arguments, dtype, backend):
@@ -67,7 +68,7 @@ def test_every_objective(ident, name, arguments, dtype, backend):
             assert relative(a, b) <= slack * tol
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["nll", "target_sft", "jsd", "gem", "reverse_kl"])
 def test_low_precision_beats_plain_torch(name, dtype, backend):
@@ -83,7 +84,8 @@ def test_low_precision_beats_plain_torch(name, dtype, backend):
     plain = torch.autograd.grad(plain_loss.sum(), leaves)
     ours = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     got = linear_loss(
-        *ours[:2], target, o, bias=ours[2], reduction="sum", backend=backend, budget=_budget(ours, extra, 7), **extra
+        *ours[:2], target, o, bias=ours[2], reduction="sum", backend=backend,
+        budget=_budget(ours, extra, 7, backend=backend), **extra,
     )
     assert got.dtype == torch.float32
     assert relative(got, loss.sum()) <= max(relative(plain_loss.sum(), loss.sum()), 1e-5)
@@ -93,14 +95,14 @@ def test_low_precision_beats_plain_torch(name, dtype, backend):
         assert relative(a, b) <= 1.0 * relative(p, b) + 0.5 * floor
 
 
-def _budget(leaves, extra, rows, reduction="sum"):
+def _budget(leaves, extra, rows, reduction="sum", backend="auto"):
     hidden, weight = leaves[:2]
     t = extra.get("teacher")
     common = {
         "rows": hidden.shape[0], "vocabulary": weight.shape[0], "hidden": hidden.shape[1], "weight_dtype": weight.dtype,
         "compute_dtype": hidden.dtype, "device": hidden.device, "bias_grad": True, "teacher": t.kind if t else "",
         "teacher_hidden": t.hidden.shape[1] if t and t.kind == "hidden" else 0, "recompute": reduction == "none",
-        "ids": extra["ids"].shape[1] if "ids" in extra else 0,
+        "ids": extra["ids"].shape[1] if "ids" in extra else 0, "backend": dispatch.resolve(backend, hidden.device),
     }  # fmt: skip
     g = geometry.chunks(**common)
     return g.fixed + rows * g.per_row
@@ -336,7 +338,7 @@ def test_odd_shapes(n, v, h):
         assert loss == 0 and not weight.grad.any()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_transforms(backend):
     """scale, softcap and temperature (a number, 0-dim, one a token) of student and teacher."""
     o, hidden, weight, bias, target, extra = cases.problem("jsd", {}, n=5, v=19)
@@ -392,7 +394,7 @@ def test_autocast_keeps_the_weights_dtype_and_its_accumulator():
 
 @pytest.mark.parametrize("tail", ["zero", "uniform", "student"])
 @pytest.mark.parametrize("name", ["kd", "target_sft", "jsd", "kd_hybrid"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_top_k_teacher(name, tail, backend):
     """The three tails by their definition, on dense teacher logits built here."""
     g = torch.Generator().manual_seed(3)
@@ -648,7 +650,7 @@ def test_every_objective_without_a_row_that_counts(ident, name, arguments):
 
 
 @pytest.mark.parametrize("name", ["nll", "target_sft", "unlikelihood"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_mixed_precision_path_of_a_gpu(name, backend, monkeypatch):
     """fp32 logits out of bf16 products, a bf16 gradient tile beside them: CUDA's branch, its products emulated."""
     from burnish.ops import gemm

@@ -10,7 +10,7 @@ from burnish.ops import geometry
 V, H = 1024, 32
 
 
-def peak_extra(n, objective, dtype, *, teacher="", reduction="mean", budget=None, ignored=False):
+def peak_extra(n, objective, dtype, *, teacher="", reduction="mean", budget=None, ignored=False, backend="torch"):
     """(peak bytes beyond inputs, outputs and gradients; the geometry)."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, H, generator=g).to(dtype).requires_grad_()
@@ -27,15 +27,18 @@ def peak_extra(n, objective, dtype, *, teacher="", reduction="mean", budget=None
     shape = geometry.chunks(
         rows=n, vocabulary=V, hidden=H, teacher_hidden=H if teacher == "hidden" else 0, weight_dtype=dtype,
         compute_dtype=dtype, device=hidden.device, teacher=teacher, budget=budget, recompute=reduction == "none",
-        ids=4 if teacher == "topk" else 0,
+        ids=4 if teacher == "topk" else 0, backend=backend,
     )  # fmt: skip
     with LiveBytes() as counter:
-        loss = linear_loss(hidden, weight, target, objective, teacher=t, reduction=reduction, budget=budget)
+        loss = linear_loss(
+            hidden, weight, target, objective, teacher=t, reduction=reduction, budget=budget, backend=backend
+        )
         loss.sum().backward()
     kept = [hidden.grad, weight.grad, loss]
     return counter.peak - sum(x.numel() * x.element_size() for x in kept), shape
 
 
+@pytest.mark.parametrize("backend", ["torch", "host"])
 @pytest.mark.parametrize("n", [512, 4096, 32768])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
@@ -49,14 +52,15 @@ def peak_extra(n, objective, dtype, *, teacher="", reduction="mean", budget=None
     ],
     ids=["nll-fp32", "nll-bf16", "target_sft-fp32", "jsd-bf16", "kd-topk"],
 )
-def test_peak_is_within_the_budget(n, reduction, objective, teacher, dtype):
-    extra, shape = peak_extra(n, objective, dtype, teacher=teacher, reduction=reduction, ignored=True)
+def test_peak_is_within_the_budget(n, reduction, objective, teacher, dtype, backend):
+    options = {"teacher": teacher, "reduction": reduction, "backend": backend}
+    extra, shape = peak_extra(n, objective, dtype, **options, ignored=True)
     print(f"{extra / 2**20:.1f} of {shape.budget / 2**20:.1f} MiB, {shape.rows} rows a chunk")
     assert extra <= shape.budget
     if n > 4096:
         return
     small = shape.fixed + 40 * shape.per_row
-    tight, shape = peak_extra(n, objective, dtype, teacher=teacher, reduction=reduction, budget=small)
+    tight, shape = peak_extra(n, objective, dtype, **options, budget=small)
     assert shape.rows == 40
     assert tight <= small
     # the bound means something: without the twin's and the slabs' reserve the chunk itself is most of it
@@ -85,14 +89,16 @@ def test_geometry_is_a_pure_function_with_a_clear_floor():
         geometry.chunks(**common, budget=floor - 1)
 
 
-def test_row_loss_keeps_the_logits_and_their_gradient_only():
+@pytest.mark.parametrize("backend", ["torch", "host"])
+def test_row_loss_keeps_the_logits_and_their_gradient_only(backend):
     logits = torch.randn(512, V, requires_grad=True)
     target = torch.randint(0, V, (512,))
     with LiveBytes() as counter:
-        row_loss(logits, target, objectives.nll()).backward()
+        row_loss(logits, target, objectives.nll(), backend=backend).backward()
     from burnish.kernels import rows_torch
 
-    assert counter.peak <= logits.numel() * 4 + rows_torch.scratch_bytes(V, 4) + 512 * 8 * 128
+    scratch = rows_torch.scratch_bytes(V, 4) if backend == "torch" else 0
+    assert counter.peak <= logits.numel() * 4 + scratch + 512 * 8 * 128
 
 
 def test_the_recomputing_backward_is_counted_too():

@@ -1,0 +1,1 @@
+"""C++ row kernels for the CPU: ``rows.cpp``, loaded by ``burnish.kernels.rows_host``."""
