@@ -33,3 +33,12 @@ def poison(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(real(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(like(*a, **k)))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small lose more to waiting for a second thread on a busy machine than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

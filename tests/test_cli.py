@@ -43,14 +43,7 @@ def paths(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in tests/methods: two threads wait for each other more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BASE = {"model": "model", "data": "rows.jsonl", "output": "out", "objective": "nll", "max-steps": "1"}
 CASES = {
@@ -201,7 +194,6 @@ def test_doctor(capfd):
     for name in ("python", "torch", "triton", "transformers", "trl", "CPU", "C++ compiler", "weights"):
         assert found[name].strip(), name
     assert "on cpu" in found["linear_loss"] and "on cpu" in found["row_loss"]
-    import torch
 
     if not torch.cuda.is_available():
         assert "none" in found["GPU"]

@@ -19,7 +19,7 @@ def load_model(name: str, dtype: torch.dtype | str = torch.float32):
         dtype: of the parameters; "auto" keeps what was saved.
 
     The packaged weights are a GGUF file.  They are unpacked to dense tensors that save and load like any other
-    model's.  Reading the file takes about 20 seconds, most of it parsing its metadata, which transformers does
+    model's.  Most of the loading time is parsing its metadata, which transformers does
     once each for tokenizer, config and weights: ``save_pretrained`` once to skip it later.
 
     A tokenizer without a pad token pads with its end-of-sequence token.  Raises ValueError, in one line, where

@@ -100,11 +100,6 @@ class Task:
         """The objective's statistics and those of the metrics."""
         return self.with_stats(self.spec.stats | {s for n in self.metrics for s in METRICS[n]})
 
-    @property
-    def needs_teacher_tile(self) -> bool:
-        couple = self.with_stats(self.objective.couple_stats)
-        return self.spec.uses_teacher or couple.uses_teacher
-
 
 def fold(task: Task, spec: RowSpec, tile: Tensor, teacher: Tensor | None, rows: Rows) -> dict:
     """Statistics of whole rows, each (n,): tile and teacher (n, V) are raw logits."""

@@ -160,7 +160,9 @@ from burnish.kernels import dispatch, rows_host
 rows_host._prebuilt = lambda: None
 cpu = torch.device("cpu")
 """
-FALLBACK = PREAMBLE + """
+FALLBACK = (
+    PREAMBLE
+    + """
 import burnish
 x, w, y = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
 assert dispatch.resolve("auto", cpu, build=False) == {expected!r}
@@ -175,6 +177,7 @@ except RuntimeError as error:
     print(error)
 print([str(w.message) for w in seen if "burnish" in str(w.message)])
 """
+)
 
 
 @pytest.mark.parametrize(("environment", "expected", "reason"), [
@@ -195,19 +198,24 @@ def test_without_a_library_the_twin_runs_with_one_warning(environment, expected,
 
 def test_a_library_that_computes_wrongly_is_not_used(tmp_path):
     """A new library is held to the twin once; a broken one is not kept, and the reason given."""
-    code = PREAMBLE + """
+    code = (
+        PREAMBLE
+        + """
 from burnish.kernels import rows_torch
 transform = rows_torch.transform
 rows_torch.transform = lambda raw, *a: transform(raw * 1.01, *a)  # as good as a wrong library
 print(dispatch.resolve("auto", cpu), rows_host._cached().exists(), rows_host._reason)
 """
+    )
     done = python(code, TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert done.stdout.startswith("torch False fold as this compiler built it disagrees"), done.stderr[-2000:]
 
 
 def test_two_processes_build_once(tmp_path):
     """Both wait for one compiler and both compute; a third finds the library without a compiler."""
-    code = PREAMBLE + """
+    code = (
+        PREAMBLE
+        + """
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 rows_host.library()
 from burnish.kernels.contract import RowSpec, new_state
@@ -215,6 +223,7 @@ state = new_state(1, torch.float32, cpu)
 rows_host.fold(torch.zeros(1, 4), None, state, torch.tensor([0]), RowSpec(frozenset({"lse"})))
 assert state[1, 0] == 4
 """
+    )
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     running = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

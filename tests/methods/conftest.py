@@ -28,11 +28,5 @@ def data_file(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small lose more to waiting for a second thread on a busy machine than they gain."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def tiny_models_use_one_thread(one_thread):
+    """Every test of this folder runs models small enough for it."""

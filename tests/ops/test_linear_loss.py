@@ -84,8 +84,14 @@ def test_low_precision_beats_plain_torch(name, dtype, backend):
     plain = torch.autograd.grad(plain_loss.sum(), leaves)
     ours = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     got = linear_loss(
-        *ours[:2], target, o, bias=ours[2], reduction="sum", backend=backend,
-        budget=_budget(ours, extra, 7, backend=backend), **extra,
+        *ours[:2],
+        target,
+        o,
+        bias=ours[2],
+        reduction="sum",
+        backend=backend,
+        budget=_budget(ours, extra, 7, backend=backend),
+        **extra,
     )
     assert got.dtype == torch.float32
     assert relative(got, loss.sum()) <= max(relative(plain_loss.sum(), loss.sum()), 1e-5)
