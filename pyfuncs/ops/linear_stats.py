@@ -283,6 +283,8 @@ def _forward(
         out["supported"] = some.to(dtype)
     if teacher_kind == "topk" and spec.has("teacher_logp"):
         out["teacher_logp"] = out["teacher_logp"] + out["teacher_lse"]  # true ones: not to be renormalised
+    for name in {"label", "logp", "teacher_logp"} & set(out):  # NaN where there is no label; 0 * NaN is not 0
+        out[name] = torch.where(walk.target == -1, 0.0, out[name])
     if spec.has("top_entropy"):
         top = torch.cat(tops) if parts else inv_temp.new_empty(0, 1)
         top = shards.merge_top(top, min(spec.top_k, total), shard)
@@ -317,8 +319,6 @@ def _gradients(
     o, spec, dtype, head, n = walk.o, walk.spec, walk.dtype, walk.head, walk.hidden.shape[0]
     names = row_names(o)
     stats = dict(zip(names, table.unbind(0), strict=True))
-    for name in ("label", "logp"):  # a row without a label: its upstream is 0, and 0 * NaN is not
-        stats[name] = torch.where(walk.target == -1, 0.0, stats[name])
     given = {} if upstream is None else dict(zip(names, upstream.unbind(0), strict=True))
     given = {k: v for k, v in given.items() if k in DIFFERENTIABLE}
     norm = None
