@@ -256,7 +256,7 @@ def _forward(
     parts = walk.parts()
     states = [new_state(p.stop - p.start, dtype, hidden.device) for p in parts]
     picked = inv_temp.new_full((n, ids.shape[1]) if ids is not None and spec.has("ids") else (0, 0), torch.nan)
-    tops: list = [None] * len(parts)
+    tops = [inv_temp.new_empty(p.stop - p.start, 0) for p in parts]  # raw logits, largest first
     for slab in walk.slabs():
         for i, part in enumerate(parts):
             _, _, z, t = walk.logits(part, slab)
@@ -265,8 +265,7 @@ def _forward(
             if picked.numel() and ids is not None:
                 keep_picked(picked[part], z, ids[part], spec, slab.start, walk.inv[part])
             if spec.has("top_entropy"):
-                here = z.topk(min(spec.top_k, z.shape[1]), 1).values
-                both = here if tops[i] is None else torch.cat([tops[i], here], 1)
+                both = torch.cat([tops[i], z.topk(min(spec.top_k, z.shape[1]), 1).values], 1)
                 tops[i] = both.topk(min(spec.top_k, both.shape[1]), 1).values
     shard = o.shard
     state = shards.merge_state(join(states, inv_temp), shard, hit=spec.has("hit"))
@@ -286,7 +285,7 @@ def _forward(
     for name in {"label", "logp", "teacher_logp"} & set(out):  # NaN where there is no label; 0 * NaN is not 0
         out[name] = torch.where(walk.target == -1, 0.0, out[name])
     if spec.has("top_entropy"):
-        top = torch.cat(tops) if parts else inv_temp.new_empty(0, 1)
+        top = torch.cat(tops) if parts else inv_temp.new_empty(0, 0)
         top = shards.merge_top(top, min(spec.top_k, total), shard)
         out["top_entropy"] = top_entropy(top, spec, inv_temp)
     lse, z_ids = walk.tail or (inv_temp.new_empty(0), inv_temp.new_empty(0, 0))

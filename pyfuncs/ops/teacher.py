@@ -96,7 +96,7 @@ class Teacher:
                 raise ValueError(f"teacher.{name} must be on {device}; got {value.device}")
             value = value.detach()
             if name not in ("weight", "bias"):
-                value = value.reshape(-1, value.shape[-1])
+                value = value.flatten(0, -2)  # the vocabulary may be empty here: no -1
                 if value.shape[0] != rows:
                     raise ValueError(f"teacher.{name} must have {rows} rows, one a label; got {value.shape[0]}")
             out.append(value)
