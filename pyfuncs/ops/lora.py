@@ -64,6 +64,10 @@ class LoRAHead:
     def shape(self) -> torch.Size:
         return self.weight.shape
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
     @without_autocast
     def low_rank(self, hidden: Tensor) -> Tensor:
         """u = s x A^T (N, r), in the accumulator's dtype; differentiable in hidden and A."""

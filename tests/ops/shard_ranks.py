@@ -1,6 +1,6 @@
 """One rank of a head whose rows are sharded; run by test_shards.py, held to one process on the whole head.
 
-    python shard_ranks.py RANK WORLD STORE
+python shard_ranks.py RANK WORLD STORE
 """
 
 import dataclasses
@@ -79,9 +79,7 @@ def statistics(mine, mesh):
         x = hidden.clone().requires_grad_()
         want = linear_stats(x, w, target, stats=names, teacher=all_of_it, ids=ids, **options)
         lw, lx = weight[mine].clone().requires_grad_(), hidden.clone().requires_grad_()
-        got = linear_stats(
-            lx, lw, target, stats=names, teacher=mine_of_it, ids=ids, group=dist.group.WORLD, **options
-        )
+        got = linear_stats(lx, lw, target, stats=names, teacher=mine_of_it, ids=ids, group=dist.group.WORLD, **options)
         for name in names:
             a, b = getattr(got, name), getattr(want, name)
             if name in EXACT:

@@ -13,7 +13,9 @@ def test_sharded_head_equals_the_whole_one(world, tmp_path):
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(world), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )  # fmt: skip
         for rank in range(world)
     ]
