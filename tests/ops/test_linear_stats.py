@@ -41,8 +41,9 @@ def plain(z, t, y, ids):
     m = (0.3 * logt.exp() + 0.7 * p).log()
     return {
         "lse": z.logsumexp(-1), "label": pick(z), "logp": pick(logp), "mean": (p * z).sum(-1),
-        "square": (p * p).sum(-1), "uniform": z.mean(-1), "mix": (q * z).sum(-1), "cross": (logt.exp() * z).sum(-1), "other": (p * t).sum(-1),
-        "jsd": (0.3 * (logt.exp() * (logt - m)).sum(-1) + 0.7 * (p * (logp - m)).sum(-1)), "ids": z.gather(1, ids),
+        "square": (p * p).sum(-1), "uniform": z.mean(-1), "mix": (q * z).sum(-1), "cross": (logt.exp() * z).sum(-1),
+        "other": (p * t).sum(-1), "ids": z.gather(1, ids),
+        "jsd": 0.3 * (logt.exp() * (logt - m)).sum(-1) + 0.7 * (p * (logp - m)).sum(-1),
     }  # fmt: skip
 
 

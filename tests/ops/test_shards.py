@@ -10,15 +10,9 @@ import pytest
 @pytest.mark.parametrize("world", [2, 3])
 def test_sharded_head_equals_the_whole_one(world, tmp_path):
     script = Path(__file__).with_name("shard_ranks.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )  # fmt: skip
-        for rank in range(world)
-    ]
+    common = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    arguments = [str(world), str(tmp_path / "store")]
+    ranks = [subprocess.Popen([sys.executable, str(script), str(r), *arguments], **common) for r in range(world)]
     out = []
     try:
         out = [rank.communicate(timeout=240)[0] for rank in ranks]
