@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +79,29 @@ def output_head(model: nn.Module) -> OutputHead:
     weight, bias = head.weight, getattr(head, "bias", None)
     if hasattr(weight, "ds_id"):
         raise ValueError("DeepSpeed ZeRO-3 partitions the LM head: use ZeRO-2, FSDP2 or DDP")
-    if hasattr(weight, "full_tensor"):  # a head that FSDP2 shards by itself; within the root it is whole here
+    if hasattr(weight, "full_tensor"):  # sharded, and not called by ``within``
         weight, bias = _gather(weight), None if bias is None else _gather(bias)
     scale, softcap = transforms(model.config)
     return OutputHead(weight, bias, scale, softcap)
+
+
+def within(module: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """``function(hidden)``, called as the forward of the head's ``module`` where FSDP2 manages that.
+
+    The head's weight is read and the module itself never called, so FSDP's hooks on it would not run: they
+    gather the weight, in the dtype of the mixed precision policy, and await its gradient.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return function(hidden)
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        return module(hidden)
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _gather(parameter: Any) -> Tensor:
