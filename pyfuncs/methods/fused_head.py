@@ -88,7 +88,7 @@ class FusedHead:
         # first, so that none of the student's activations are alive beside the teacher's
         teacher = self.teacher(args, kwargs, keep) if self.teacher else None
         out = backbone(model)(*args, **kwargs)
-        head = head_module(model)
+        head: Any = head_module(model)
         device = head.weight.device
         labels = (shift_labels if shift_labels is not None else labels[:, 1:]).to(device)
         sequences = None
