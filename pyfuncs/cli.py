@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from .methods.demo_options import DemoOptions
+from .methods.processes import leave_it_to_the_first, speaks
 from .methods.sft_options import OPTIONS, assignments, merge
 
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
+        leave_it_to_the_first()
         print(f"burnish: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if work is not None:
             work()
     except KeyboardInterrupt:
-        print("burnish: interrupted; `--resume` goes on from the newest checkpoint", file=sys.stderr)
+        if speaks():
+            print("burnish: interrupted; `--resume` goes on from the newest checkpoint", file=sys.stderr)
         return 130
     return 0
 

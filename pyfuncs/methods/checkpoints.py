@@ -13,11 +13,16 @@ import zipfile
 from pathlib import Path
 
 
-def incomplete(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None where it is whole.
+def sharded(folder: Path) -> bool:
+    """Whether FSDP saved a checkpoint: only FSDP resumes from it."""
+    return any(folder.glob("pytorch_model_fsdp*"))
 
-    Whole means: weights (safetensors, sharded or not, a PEFT adapter, or FSDP's folder), optimizer,
-    scheduler, random state, and ``trainer_state.json``, each readable to its end.
+
+def incomplete(folder: Path, processes: int = 1) -> str | None:
+    """Why a checkpoint cannot be resumed from by so many processes, or None where it is whole.
+
+    Whole means: weights (safetensors, sharded or not, a PEFT adapter, or FSDP's own), optimizer, scheduler,
+    each process's random state, and ``trainer_state.json``, each readable to its end.
     """
     try:
         state = json.loads((folder / "trainer_state.json").read_text())
@@ -25,15 +30,21 @@ def incomplete(folder: Path) -> str | None:
             return f"trainer_state.json is of step {state['global_step']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "trainer_state.json is missing or cut short"
-    sharded = any(p.is_dir() for p in folder.glob("pytorch_model_fsdp*"))
-    if not sharded:
+    random = sorted(folder.glob("rng_state*.pth"))
+    archives = [folder / "scheduler.pt", *random]
+    if sharded(folder):
+        for name in ("pytorch_model_fsdp", "optimizer"):
+            shards = folder / f"{name}_0"
+            if not shards.is_dir():
+                archives.append(folder / f"{name}.bin")  # FULL_STATE_DICT
+            elif not (shards / ".metadata").is_file():  # written last, when every process's shards are
+                return f"{shards.name} is cut short"
+    else:
         problem = _weights(folder)
         if problem:
             return problem
-    archives = [folder / "scheduler.pt", *sorted(folder.glob("rng_state*.pth"))]
-    if not any(p.is_dir() for p in folder.glob("optimizer*")):
         archives.append(folder / "optimizer.pt")
-    if len(archives) < 3 and not sharded:
+    if len(random) < processes:
         return "the random state is missing"
     for path in archives:
         # a torch archive is a zip: its directory is written last
@@ -42,12 +53,12 @@ def incomplete(folder: Path) -> str | None:
     return None
 
 
-def newest(output: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+def newest(output: Path, processes: int = 1) -> tuple[Path | None, list[tuple[Path, str]]]:
     """(newest whole checkpoint or None, newer ones that are not whole with the reason)."""
     found = [p for p in output.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
     broken: list[tuple[Path, str]] = []
     for folder in sorted(found, key=lambda p: -int(p.name.rsplit("-", 1)[1])):
-        problem = incomplete(folder)
+        problem = incomplete(folder, processes)
         if problem is None:
             return folder, broken
         broken.append((folder, problem))

@@ -49,6 +49,8 @@ def accuracy(
         extract: generated text -> the answer in it.
         progress: show a bar.
 
+    A model that FSDP2 shards is asked by all processes at once, with the same entries.
+
     ValueError if there is no entry.
     """
     entries = list(dataset if entries is None else entries)
@@ -63,6 +65,8 @@ def accuracy(
     answers = [""] * len(entries)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     device = next(model.parameters()).device
+    # where parameters are sharded every process must take part in each forward, and so take as many steps
+    synced = any(hasattr(p, "full_tensor") for p in model.parameters()) or None
     bar = tqdm(total=len(entries), desc="evaluating", disable=not progress)
     with torch.no_grad(), evaluating(model):
         for start in range(0, len(order), batch_size):
@@ -77,7 +81,7 @@ def accuracy(
             out = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
                 do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, use_cache=True,
-                temperature=None, top_p=None, top_k=None,
+                temperature=None, top_p=None, top_k=None, synced_gpus=synced,
             )  # fmt: skip
             for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
                 answers[i] = extract(text)

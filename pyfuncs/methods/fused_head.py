@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from ..objectives.base import Objective
 from ..ops.linear_loss import linear_loss
 from .frozen import TeacherPass, adapterless_teacher, separate_teacher
-from .output_head import backbone, base_model, head_module, output_head
+from .output_head import backbone, base_model, head_module, output_head, within
 from .rules import check_teacher
 
 METRICS = ("entropy", "hit")
@@ -88,23 +88,28 @@ class FusedHead:
         # first, so that none of the student's activations are alive beside the teacher's
         teacher = self.teacher(args, kwargs, keep) if self.teacher else None
         out = backbone(model)(*args, **kwargs)
-        head = output_head(model)
-        labels = (shift_labels if shift_labels is not None else labels[:, 1:]).to(head.weight.device)
+        head: Any = head_module(model)
+        device = head.weight.device
+        labels = (shift_labels if shift_labels is not None else labels[:, 1:]).to(device)
         sequences = None
         if "sequences" in self.objective.needs and kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
             if positions.ndim == 2:  # (1, T) stands for every row
-                positions = positions.expand(labels.shape[0] if labels is not None else shift_labels.shape[0], -1)
-            sequences = _sequences(positions)[:, keep if shift_labels is not None else slice(1, None)]
-            sequences = sequences.to(labels.device)
-        result = linear_loss(
-            out.last_hidden_state[:, keep].to(head.weight.device), head.weight, labels.contiguous(), self.objective,
-            bias=head.bias, teacher=teacher, sequences=sequences, reduction="sum", scale=head.scale,
-            softcap=head.softcap, metrics=self.metrics, budget=self.budget, backend=self.backend,
-            # the trainers read numbers off the device at every step anyway; unlabelled rows are worth one more
-            num_valid=None if labels.device.type == "cpu" else "sync",
-            **{k: (v[:, 1:] if shift_labels is None else v) for k, v in per_token.items()},
-        )  # fmt: skip
+                positions = positions.expand(labels.shape[0], -1)
+            sequences = _sequences(positions)[:, keep if shift_labels is not None else slice(1, None)].to(device)
+
+        def loss_of(hidden: Tensor):
+            head = output_head(model)
+            return linear_loss(
+                hidden.to(device), head.weight, labels.contiguous(), self.objective, bias=head.bias, teacher=teacher,
+                sequences=sequences, reduction="sum", scale=head.scale, softcap=head.softcap, metrics=self.metrics,
+                budget=self.budget, backend=self.backend,
+                # the trainers read numbers off the device at every step anyway; unlabelled rows are worth one more
+                num_valid=None if device.type == "cpu" else "sync",
+                **{k: (v[:, 1:] if shift_labels is None else v) for k, v in per_token.items()},
+            )  # fmt: skip
+
+        result = within(head, loss_of, out.last_hidden_state[:, keep])
         loss, metrics = result if self.metrics else (result, {})
         aux = _aux_loss(out, text, kwargs) if kwargs.get("output_router_logits") else None
         return loss, metrics, labels != -100, aux

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +121,30 @@ def _adapter(head: Any) -> tuple | None:
     return head.lora_A[name].weight, head.lora_B[name].weight, magnitude, float(head.scaling[name]), float(dropout)
 
 
+def within(module: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """``function(hidden)``, called as the forward of the head's ``module`` where FSDP2 manages that.
+
+    The head's weight is read and the module itself never called, so FSDP's hooks on it would not run: they
+    gather the weight, in the dtype of the mixed precision policy, and await its gradient.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return function(hidden)
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        return module(hidden)
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
 def _whole(parameter: Any) -> Tensor:
     """A parameter that FSDP2 shards by itself, whole, with FSDP's average over ranks as its gradient.
 
     ``full_tensor()`` alone takes the ranks' gradients for equal and keeps a slice of this rank's own.  Within FSDP's
-    root unit parameters are whole here already.
+    root unit, and under ``within``, parameters are whole already.
     """
     if not hasattr(parameter, "full_tensor"):
         return parameter

@@ -6,6 +6,7 @@ comes before what loads a model.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ import torch
 from . import checkpoints
 from .data import FileData, TaskData, load_data, load_task
 from .models import check_model_name, load_model
+from .processes import speaks, world_size
 from .rules import check_objective, resolve_objective
 from .sft_options import OWN_FIELDS, did_you_mean
 
@@ -44,6 +46,7 @@ def prepare(options: dict[str, Any]):
     if teacher not in (None, "self"):
         check_model_name(teacher)
     output = Path(options["output"])
+    options["processes"] = world_size()  # as much a part of the global batch as batch_size
     checkpoint, broken = _check_output(output, options)
     existed = output.exists()
     quiet_bars()
@@ -63,9 +66,15 @@ def prepare(options: dict[str, Any]):
             objective=objective, teacher_model=teacher,
         )  # fmt: skip
     except BaseException:
-        if not existed and output.is_dir() and not any(output.iterdir()):
-            output.rmdir()
+        if not existed:
+            with contextlib.suppress(OSError):  # not empty, or not there, or another process was first
+                output.rmdir()
         raise
+    if checkpoint and checkpoints.sharded(checkpoint) != trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"--resume: {checkpoint} was saved {'under' if checkpoints.sharded(checkpoint) else 'without'} FSDP, "
+            f"and this run is {'under' if trainer.is_fsdp_enabled else 'without'} it"
+        )
     show_loss(trainer)
     return trainer, data, checkpoint, broken
 
@@ -86,10 +95,13 @@ def train(trainer, data, checkpoint: Path | None, broken: list, options: dict[st
                 shutil.rmtree(folder)
         _write(output / RECORD, options)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.is_fsdp_enabled:  # by default FSDP saves shards alone, which no from_pretrained reads
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output))
     trainer.save_state()
     summary = f"{output}: {trainer.state.global_step} steps, mean training loss {result.training_loss:.6g}"
-    if options["eval_size"] and first:
+    # a sharded model answers only where every process asks
+    if options["eval_size"] and (first or trainer.is_fsdp_enabled):
         summary += f", {_evaluate(trainer, data, options, output)}"
     if first:
         print(summary)
@@ -101,8 +113,8 @@ def note(text: str) -> None:
 
 
 def quiet_bars() -> None:
-    """Loading and tokenising draw bars on a terminal only; the training bar is always drawn."""
-    if sys.stderr.isatty():
+    """Loading and tokenising draw bars on a terminal only, and once a machine; the training bar is always drawn."""
+    if sys.stderr.isatty() and speaks():
         return
     import datasets
     from transformers.utils import logging
@@ -127,7 +139,7 @@ def _check_output(output: Path, options) -> tuple[Path | None, list]:
     for name, value in before.items():
         if name in options and name not in _MAY_CHANGE and options[name] != value:
             raise ValueError(f"--resume: {name} is {options[name]!r}, but the run in {output} began with {value!r}")
-    return checkpoints.newest(output)
+    return checkpoints.newest(output, options["processes"])
 
 
 def _arguments(options: dict[str, Any]):
@@ -145,6 +157,8 @@ def _arguments(options: dict[str, Any]):
         "per_device_train_batch_size": options["batch_size"], "gradient_accumulation_steps": options["accumulation"],
         "max_length": options["max_length"], "seed": options["seed"], "save_steps": options["save_steps"],
         "logging_steps": options["logging_steps"], "report_to": "none",
+        # without it several processes on CPUs would each train a model of their own
+        "use_cpu": not torch.accelerator.is_available(),
         # TRL's own defaults are True for both: on a CPU they cost more than they save
         "dataloader_pin_memory": gpu, "bf16": gpu and torch.cuda.is_bf16_supported(), "gradient_checkpointing": gpu,
     }  # fmt: skip
@@ -168,11 +182,14 @@ def _evaluate(trainer, data: TaskData, options, output: Path) -> str:
     arguments = {**options["data_args"], "size": options["eval_size"], "seed": _EVALUATION_SEED}
     fresh = load_task(data.name, **arguments)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    result = accuracy(model, trainer.processing_class, fresh.task, entries=fresh.entries)
-    _write(output / "evaluation.json", {
+    first = trainer.is_world_process_zero()
+    result = accuracy(model, trainer.processing_class, fresh.task, entries=fresh.entries, progress=first)
+    content = {
         "task": data.name, "arguments": arguments, "mean": result.mean, "solved": result.solved,
         "scores": result.scores, "answers": result.answers,
-    })  # fmt: skip
+    }  # fmt: skip
+    if first:
+        _write(output / "evaluation.json", content)
     return f"{result.solved:.1%} of {options['eval_size']} new problems solved (mean score {result.mean:.3f})"
 
 

@@ -14,6 +14,7 @@ from .frozen import freeze
 from .fused_head import fuse_lm_head
 from .models import PACKAGED, load_model, load_tokenizer
 from .output_head import base_model, vocabulary_size
+from .processes import allow_sharding_on_cpu, fill_from_first
 from .rules import check_labels, check_objective, check_tokenizers, resolve_objective
 
 
@@ -62,7 +63,7 @@ class TargetSFTTrainer(SFTTrainer):
         if teacher_model == "self":
             teacher = self._starting_model(options.get("peft_config"))
         if isinstance(teacher, nn.Module):
-            teacher = freeze(teacher).to(self.accelerator.device)
+            teacher = fill_from_first(freeze(teacher).to(self.accelerator.device))
         # in a tuple, lest anything take it for a part of the model
         self._teacher = (teacher,)
         student: Any = self.model
@@ -91,6 +92,10 @@ class TargetSFTTrainer(SFTTrainer):
         teacher: Any = copy.deepcopy(self.model)
         base_model(teacher).__dict__.pop("forward", None)  # TRL's patch
         return teacher
+
+    def create_accelerator_and_postprocess(self) -> None:
+        allow_sharding_on_cpu(self.args)
+        super().create_accelerator_and_postprocess()
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         dataset = super()._prepare_dataset(dataset, *args, **kwargs)

@@ -1,0 +1,62 @@
+"""Several processes, as ``accelerate launch`` or torchrun start them: what the libraries leave to their caller."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def world_size() -> int:
+    """Processes of this run, known before the process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def speaks() -> bool:
+    """Whether this process is the one of its machine that prints."""
+    return int(os.environ.get("LOCAL_RANK", "0")) <= 0
+
+
+def leave_it_to_the_first(seconds: float = 20.0) -> None:
+    """Wait, in all processes of a machine but the first, until the launcher ends them along with that one.
+
+    What is wrong with the input is wrong for all of them: the first says it.  Were another to exit before, the
+    launcher would end the first unheard.  Whoever comes back from here has something of its own to say.
+    """
+    if not speaks():
+        time.sleep(seconds)
+
+
+def allow_sharding_on_cpu(arguments) -> None:
+    """Let accelerate shard on CPUs where FSDP was asked for.
+
+    accelerate turns FSDP on for the process groups of GPUs only, and on CPUs trains with DDP without a word.
+    Nothing but that test stands in the way, so the group is given a GPU group's name until it has been passed; the
+    device and gloo stay.
+    """
+    from accelerate import DistributedType
+
+    asked = arguments.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    state = arguments.distributed_state
+    if asked and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def fill_from_first(model: nn.Module) -> nn.Module:
+    """Give every process the first one's weights, where only that one has read them from disk.
+
+    So it is under FSDP with ``cpu_ram_efficient_loading``, accelerate's default.  FSDP fills what it shards; a
+    teacher is not sharded.
+    """
+    from transformers.integrations import is_fsdp_enabled
+
+    if not is_fsdp_enabled():
+        return model
+    import torch
+
+    for tensor in model.state_dict().values():
+        torch.distributed.broadcast(tensor, src=0)
+    return model
