@@ -106,7 +106,22 @@ def static() -> str:
         rows.append([
             name.replace("/", ", "), *registers, _each(k["shared"] for k in all_targets), loads, stores,
         ])  # fmt: skip
-    return "\n".join(lines + _table(["kernel, objective", *TARGETS, "shared", "load", "store"], rows))
+    lines += _table(["kernel, objective", *TARGETS, "shared", "load", "store"], rows)
+    ragged = {
+        name.split("/nll/")[0] + " " + name.split("/")[2]: k
+        for name, k in r["ragged_kernels"].items()
+        if "sm_90" in name
+    }
+    lines += [
+        "",
+        "Where V is no multiple of 16, as after a resize by one, neither a row's start nor its end is known to be "
+        "aligned and a tile moves entry by entry. All accesses of a thread for NLL on sm_90, count x bytes: "
+        + "; ".join(
+            f"{n} loads {k['loads']}, stores {k['stores']}, {k['registers']} registers" for n, k in ragged.items()
+        )
+        + ". Pad the vocabulary.",
+    ]
+    return "\n".join(lines)
 
 
 def static_peers() -> str:

@@ -91,15 +91,17 @@ _NAMES = {
 }  # fmt: skip
 
 
-def build(kernel, constants: dict, dtypes: tuple[torch.dtype, torch.dtype], target: GPUTarget):
-    """Compile one launch of ours; returns Triton's CompiledKernel."""
+def build(
+    kernel, constants: dict, dtypes: tuple[torch.dtype, torch.dtype], target: GPUTarget, *, ragged: bool = False
+):  # fmt: skip
+    """Compile one launch of ours; returns Triton's CompiledKernel.  ``ragged``: V and strides are not multiples of 16."""
     tile, other = (_NAMES[d] for d in dtypes)
     types = dict.fromkeys(_INTS, "i32") | {"Z": tile, "T": other, "OUT": other, "Y": "*i64", "IDS": "*i64"}
     unspecialised = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize or ()}
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else types.get(name, "*fp32")
-        if name not in constants and name not in unspecialised:
+        if name not in constants and name not in unspecialised and not (ragged and name in _INTS):
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=target, options={"num_warps": rows_triton.THREADS // target.warp_size})
@@ -217,6 +219,18 @@ def run(targets=TARGETS, dtypes=DTYPES, specs=SPECS):
     return table
 
 
+def run_ragged(targets=TARGETS, dtypes=("fp32", "bf16")) -> dict:
+    """NLL where the vocabulary is not a multiple of 16, as after a resize by one: what alignment is worth."""
+    return {
+        f"{kernel.__name__.removesuffix('_kernel')}/nll/{dtype}/{label}": measure(
+            build(kernel, constants, DTYPES[dtype], target, ragged=True), target
+        )
+        for label, target in targets.items()
+        for dtype in dtypes
+        for kernel, constants in launches(SPECS["nll"], DTYPES[dtype][0])
+    }
+
+
 def run_peers(targets=TARGETS, dtypes=("fp32", "bf16")) -> dict:
     """{"library/path/kernel/objectives/dtype/target": counts, block and warps} of the packages installed."""
     table, seen = {}, {}
@@ -291,7 +305,7 @@ def show(table: dict) -> None:
 
 def save(result: dict, to: Path) -> None:
     """JSON with one kernel a line."""
-    tables = {key: value for key, value in result.items() if key in ("kernels", "peer_kernels")}
+    tables = {key: value for key, value in result.items() if key.endswith("kernels")}
     text = json.dumps({**result, **{key: {} for key in tables}}, indent=1)
     for key, table in tables.items():
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(counts)}" for name, counts in table.items())
@@ -319,12 +333,13 @@ def main() -> int:
     if not arguments.reduced:
         for library in sorted({"liger", "trl"} - set(versions)):
             print(f"{library}: not installed, skipped")
+    ragged = {} if arguments.reduced else run_ragged()
     peer_table = run_peers() if versions else {}
-    show(peer_table)
+    show(ragged | peer_table)
     result = {
         "triton": triton.__version__, "block": rows_triton.BLOCK, "threads": rows_triton.THREADS, "peers": versions,
         "vocabularies": VOCABULARIES,
-        "kernels": table, "peer_kernels": peer_table,
+        "kernels": table, "ragged_kernels": ragged, "peer_kernels": peer_table,
     }  # fmt: skip
     if arguments.json == "-":
         print(json.dumps(result))
