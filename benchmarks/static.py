@@ -94,7 +94,7 @@ _NAMES = {
 def build(
     kernel, constants: dict, dtypes: tuple[torch.dtype, torch.dtype], target: GPUTarget, *, ragged: bool = False
 ):  # fmt: skip
-    """Compile one launch of ours; returns Triton's CompiledKernel.  ``ragged``: V and strides are not multiples of 16."""
+    """Compile one launch of ours; returns Triton's CompiledKernel.  ``ragged``: no multiple of 16 is known."""
     tile, other = (_NAMES[d] for d in dtypes)
     types = dict.fromkeys(_INTS, "i32") | {"Z": tile, "T": other, "OUT": other, "Y": "*i64", "IDS": "*i64"}
     unspecialised = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize or ()}
