@@ -62,30 +62,136 @@ def demo() -> str:
     return "\n".join(lines)
 
 
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _width(accesses: str, *, stores: bool = False) -> str:
+    """Bytes of a tile's accesses: "2x16 5x4" -> "16".  Stores of 4 bytes and less are a row's scalars: a dash."""
+    width = max((int(part.split("x")[1]) for part in accesses.split()), default=0)
+    return "-" if stores and width <= 4 else str(width)
+
+
+def _each(values) -> str:
+    """One cell for the targets: what most of them have, then the exceptions by name."""
+    found = dict(zip(TARGETS, map(str, values), strict=False))
+    common = max(found.values(), key=list(found.values()).count)
+    others = [f"{target} {value}" for target, value in found.items() if value != common]
+    return common + (f" ({', '.join(others)})" if others else "")
+
+
 def static() -> str:
     r = json.loads((RESULTS / "static.json").read_text())
-    targets = ["sm_80", "sm_90", "sm_100", "gfx942"]
     kernels = r["kernels"]
     spilled = sum(any(k["spills"]) for k in kernels.values())
     lines = [
         f"{len(kernels)} compilations with triton {r['triton']}, {r['threads']} threads, {r['block']} columns a block: "
-        f"{spilled} with a spill. Registers a thread, fp32 / bf16 tiles:",
+        f"{spilled} with a spill. Registers a thread, fp32 / bf16 tiles; shared bytes and the widths of a tile's loads "
+        f"and stores, bytes, on all of {', '.join(TARGETS)} (bf16):",
         "",
-        "| kernel, objective | " + " | ".join(targets) + " |",
-        "|---|" + "---|" * len(targets),
     ]
-    seen = dict.fromkeys("/".join(name.split("/")[:2]) for name in kernels)
-    for name in seen:
-        cells = []
-        for target in targets:
+    rows = []
+    for name in dict.fromkeys("/".join(name.split("/")[:2]) for name in kernels):
+        registers = []
+        for target in TARGETS:
             both = [kernels.get(f"{name}/{dtype}/{target}") for dtype in ("fp32", "bf16")]
-            cells.append(" / ".join(str(k["registers"]) for k in both if k))
-        lines.append(f"| {name.replace('/', ', ')} | " + " | ".join(cells) + " |")
+            registers.append(" / ".join(str(k["registers"]) for k in both if k))
+        all_targets = [kernels[f"{name}/bf16/{target}"] for target in TARGETS]
+        loads, stores = (
+            _each(_width(k[way], stores=way == "stores") for k in all_targets) for way in ("loads", "stores")
+        )
+        rows.append([
+            name.replace("/", ", "), *registers, _each(k["shared"] for k in all_targets), loads, stores,
+        ])  # fmt: skip
+    lines += _table(["kernel, objective", *TARGETS, "shared", "load", "store"], rows)
+    ragged = {
+        name.split("/nll/")[0] + " " + name.split("/")[2]: k
+        for name, k in r["ragged_kernels"].items()
+        if "sm_90" in name
+    }
+    lines += [
+        "",
+        "Where V is no multiple of 16, as after a resize by one, neither a row's start nor its end is known to be "
+        "aligned and a tile moves entry by entry. All accesses of a thread for NLL on sm_90, count x bytes: "
+        + "; ".join(
+            f"{n} loads {k['loads']}, stores {k['stores']}, {k['registers']} registers" for n, k in ragged.items()
+        )
+        + ". Pad the vocabulary.",
+    ]
     return "\n".join(lines)
+
+
+def static_peers() -> str:
+    r = json.loads((RESULTS / "static.json").read_text())
+    if not r["peers"]:
+        return "Neither Liger nor TRL was installed when static.json was written."
+    versions = ", ".join(f"{library} {version}" for library, version in r["peers"].items())
+    rows: dict[tuple, list[str]] = {}
+    for name in dict.fromkeys(re.sub(r"/(bf16|fp32)/[^/]+", "", n) for n in r["peer_kernels"]):
+        library, path, kernel, objective, *columns = name.split("/")
+        tail = "".join(f"/{c}" for c in columns)
+        found = [r["peer_kernels"].get(f"{library}/{path}/{kernel}/{objective}/bf16/{t}{tail}") for t in TARGETS]
+        if None in found:
+            continue
+        fp32 = [r["peer_kernels"][f"{library}/{path}/{kernel}/{objective}/fp32/{t}{tail}"]["spills"] for t in TARGETS]
+        cells = (
+            _each(f"{k['block']} x {k['warps']}" for k in found), *(str(k["registers"]) for k in found),
+            *(_each("/".join(map(str, spills)) for spills in both) for both in (fp32, [k["spills"] for k in found])),
+            _each(k["shared"] for k in found), _each(_width(k["loads"]) for k in found),
+            _each(_width(k["stores"], stores=True) for k in found),
+            _each(k["barriers"] for k in found if k["barriers"] is not None),
+        )  # fmt: skip
+        label = f"{path}{', ' + ', '.join(columns) if columns else ''}: {objective}"
+        rows.setdefault((library, kernel, cells), []).append(label)
+    header = ["kernel", "path: objective", "block x warps", *TARGETS]
+    header += ["spills fp32", "spills bf16", "shared", "load", "store", "barriers"]
+    body = [[f"{library} {kernel}", "; ".join(labels), *cells] for (library, kernel, cells), labels in rows.items()]
+    blocks = sorted({r["block"], *(k["block"] for k in r["peer_kernels"].values())})
+    lanes = "; ".join(
+        f"{b}: " + ", ".join(f"{-(-v // b) * b / v:.2f} at {v:,}" for v in r["vocabularies"]) for b in blocks
+    )
+    intro = [
+        f"{versions}, bf16 weights, blocks and warps as their host code chooses for vocabularies of "
+        + " and ".join(f"{v:,}" for v in r["vocabularies"])
+        + " (one row where both agree). Registers a thread; spills are bytes stored / loaded (VGPR / SGPR on gfx942); "
+        "barriers and shuffles inside loops are counted on CUDA only, ours have none. Lanes run for each column, "
+        f"masked ones included, by block: {lanes}.",
+        "",
+    ]
+    return "\n".join(intro + _table(header, body))
+
+
+def ledger() -> str:
+    r = json.loads((RESULTS / "ledger.json").read_text())
+    even, ragged = r["columns"]
+    versions = ", ".join(f"{library} {version}" for library, version in r["peers"].items())
+    lines = [
+        f"{r['rows']} rows of {even} logits, a logit of the student's; triton {r['triton']}"
+        + (f"; {versions}" if versions else "")
+        + f". The last column is the arithmetic of {ragged} columns, masked lanes included:",
+        "",
+    ]
+    rows = []
+    for name in dict.fromkeys(n.rsplit("/", 2)[0] for n in r["paths"]):
+        objective, library, path = name.split("/")
+        wide, narrow = (r["paths"][f"{name}/{dtype}/{even}"] for dtype in ("float32", "bfloat16"))
+        rows.append([
+            objective, f"{library} {path}", f"{narrow['reads']:.2f}", f"{narrow['writes']:.2f}",
+            *(f"{x['kernel_bytes']:.0f} + {x['host_bytes']:.0f}" for x in (wide, narrow)),
+            f"{narrow['operations']['exp']:.2f}", f"{narrow['operations']['log']:.0f}", f"{narrow['flops']:.1f}",
+            f"{r['paths'][f'{name}/bfloat16/{ragged}']['flops']:.1f}",
+        ])  # fmt: skip
+    header = ["objective", "path", "reads", "writes", "bytes, fp32", "bytes, bf16", "exp", "log", "flops", "ragged"]
+    return "\n".join(lines + _table(header, rows))
 
 
 PARTS = {
     "static": ("docs/kernels.md", static),
+    "static peers": ("docs/kernels.md", static_peers),
+    "ledger": ("docs/kernels.md", ledger),
     "objectives": ("docs/objectives.md", objectives),
     "results": ("README.md", demo),
 }

@@ -1,12 +1,16 @@
 """Offline compilation of every row kernel: registers, spills, shared memory, access width.  No GPU needed.
 
-    python benchmarks/static.py                      # all targets, dtypes and objectives: a table and static.json
+    python benchmarks/static.py                      # all targets, dtypes and objectives, and peers: static.json
+    python benchmarks/static.py --check              # compile and compare with budgets.json; exit 1 if exceeded
+    python benchmarks/static.py --set-budgets        # budgets.json from static.json, registers rounded up to 8s
     python benchmarks/static.py --reduced --json -   # what tests/kernels/test_static.py runs
 
 For each kernel, flag set, dtype and target the Triton source is compiled as a launch would compile it
-(pointers and row strides divisible by 16; vocabularies such as 32,000, 128,256 and 151,936 are), then ptxas
-of the Triton wheel, or the metadata in the amdgcn text, says what it uses.  TRITON_INTERPRET must be unset:
-this file removes it before Triton is imported.  These are counts, not times: nothing here predicts speed.
+(pointers and row strides divisible by 16; vocabularies such as 49,152, 128,256 and 151,936 are), then ptxas
+of the Triton wheel, or the metadata in the amdgcn text, says what it uses.  Liger's and TRL's row kernels,
+where those packages are installed, are compiled beside ours with the blocks and warps that their own host
+code chooses (peers.py).  TRITON_INTERPRET must be unset: this file removes it before Triton is imported.
+These are counts, not times: nothing here predicts speed.
 """
 
 from __future__ import annotations
@@ -21,8 +25,11 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+# as a script this file's folder is on the path already; as a module it may not be
+sys.path.insert(0, str(Path(__file__).parent))
 os.environ.pop("TRITON_INTERPRET", None)
 
+import peers
 import torch
 import triton
 from triton import knobs
@@ -33,6 +40,9 @@ from burnish.kernels import rows_triton
 from burnish.kernels.contract import DIFFERENTIABLE, STATISTICS, RowSpec
 
 RESULTS = Path(__file__).parent / "results" / "static.json"
+BUDGETS = Path(__file__).parent / "budgets.json"
+#: Vocabularies of SmolLM2 and Qwen3, for which the peers' host code chooses blocks and warps.
+VOCABULARIES = (49152, 151936)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -75,28 +85,55 @@ def launches(spec: RowSpec, dtype: torch.dtype):
 
 
 _INTS = ("z_stride", "t_stride", "out_stride", "state_stride", "coef_stride", "start", "columns")
-_NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
+_NAMES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
+}  # fmt: skip
 
 
-def build(kernel, constants: dict, dtypes: tuple[torch.dtype, torch.dtype], target: GPUTarget):
-    """Compile one launch; returns Triton's CompiledKernel."""
+def build(
+    kernel, constants: dict, dtypes: tuple[torch.dtype, torch.dtype], target: GPUTarget, *, ragged: bool = False
+):  # fmt: skip
+    """Compile one launch of ours; returns Triton's CompiledKernel.  ``ragged``: no multiple of 16 is known."""
     tile, other = (_NAMES[d] for d in dtypes)
     types = dict.fromkeys(_INTS, "i32") | {"Z": tile, "T": other, "OUT": other, "Y": "*i64", "IDS": "*i64"}
     unspecialised = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize or ()}
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else types.get(name, "*fp32")
-        if name not in constants and name not in unspecialised:
+        if name not in constants and name not in unspecialised and not (ragged and name in _INTS):
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=target, options={"num_warps": rows_triton.THREADS // target.warp_size})
+
+
+def specialised(launch: peers.Launch) -> tuple[dict, dict, dict]:
+    """(signature, constexprs, attributes) that Triton's JIT would give a recorded launch."""
+    signature, constants, attrs = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.args.get(name, parameter.default)
+        fixed = value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize)
+        if parameter.is_constexpr or fixed:
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name], divisible = _NAMES[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
+        else:
+            signature[name], divisible = "i32" if value < 2**31 else "i64", value % 16 == 0
+        if divisible and not parameter.do_not_specialize:
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attrs
 
 
 def measure(compiled, target: GPUTarget) -> dict:
     """Counts of one compiled kernel.
 
     registers a thread (VGPRs on AMD, where ``spills`` are VGPRs and SGPRs in bytes, and elsewhere bytes
-    stored and loaded); ``stack`` and ``shared`` bytes; ``loads``, ``stores``: accesses of the tiles, in bits;
+    stored and loaded); ``stack`` and ``shared`` bytes; ``loads``, ``stores``: global accesses in the text, as
+    "how many x bytes a thread", widest first: a row's scalars are 2 to 8 bytes, a vectorised tile 16 or 32;
     ``barriers``: barriers and shuffles inside a loop (None where not counted).
     """
     shared = compiled.metadata.shared
@@ -135,21 +172,24 @@ def _ptxas(ptx: str, arch: int) -> str:
     return done.stderr + done.stdout
 
 
-def _tile_accesses(widths: list[int]) -> str:
-    # scalars of a row (labels, statistics, coefficients) are 16 to 64 bits and appear as such; a tile's
-    # accesses are the vectors, or, where nothing is vectorised, indistinguishable: then it says so
-    wide = [w for w in widths if w > 64]
-    return " ".join(f"{n}x{w}" for w, n in sorted(Counter(wide).items())) or "narrow"
+def _by_width(widths: list[int]) -> str:
+    return " ".join(f"{n}x{w}" for w, n in sorted(Counter(widths).items(), reverse=True))
 
 
 def _ptx_bits(ptx: str, op: str) -> str:
-    found = re.findall(rf"\b{op}\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
-    return _tile_accesses([int(bits) * int(vector or 1) for vector, bits in found])
+    found = re.findall(rf"\b{op}\.(?:volatile\.)?global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
+    return _by_width([int(bits) * int(vector or 1) // 8 for vector, bits in found])
+
+
+_AMD_WIDTHS = {
+    "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b32": 4, "b64": 8, "b128": 16,
+    "ushort": 2, "sshort": 2, "short": 2, "ubyte": 1, "sbyte": 1, "byte": 1,
+}  # fmt: skip
 
 
 def _amd_bits(text: str, op: str) -> str:
-    width = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "b32": 32, "b64": 64, "b128": 128}
-    return _tile_accesses([width.get(w, 0) for w in re.findall(rf"\b(?:global|buffer)_{op}_(\w+)\b", text)])
+    found = re.findall(rf"\b(?:global|buffer|flat)_{op}_([a-z]+[0-9x]*)", text)
+    return _by_width([_AMD_WIDTHS[w] for w in found])
 
 
 def _in_loops(text: str, label: str, branch: str, wanted: str) -> int:
@@ -179,33 +219,133 @@ def run(targets=TARGETS, dtypes=DTYPES, specs=SPECS):
     return table
 
 
+def run_ragged(targets=TARGETS, dtypes=("fp32", "bf16")) -> dict:
+    """NLL where the vocabulary is not a multiple of 16, as after a resize by one: what alignment is worth."""
+    return {
+        f"{kernel.__name__.removesuffix('_kernel')}/nll/{dtype}/{label}": measure(
+            build(kernel, constants, DTYPES[dtype], target, ragged=True), target
+        )
+        for label, target in targets.items()
+        for dtype in dtypes
+        for kernel, constants in launches(SPECS["nll"], DTYPES[dtype][0])
+    }
+
+
+def run_peers(targets=TARGETS, dtypes=("fp32", "bf16")) -> dict:
+    """{"library/path/kernel/objectives/dtype/target": counts, block and warps} of the packages installed."""
+    table, seen = {}, {}
+    for label, target in targets.items():
+        for dtype in dtypes:
+            for path in peers.paths():
+                variants: dict = {}
+                for columns in VOCABULARIES:
+                    with peers.as_on(label), peers.recorded() as launches:
+                        path.run(peers.problem(16, columns, DTYPES[dtype][0])).backward()
+                    for launch in launches:
+                        parts = specialised(launch)
+                        options = {"num_warps": launch.options.get("num_warps", 4)}
+                        # chunks after the first may start at a label that is not aligned: the first stands for all
+                        same = (launch.kernel.module, launch.name, repr(parts[1]), repr(options), label)
+                        found = variants.setdefault(same, (launch, parts, options, []))
+                        if columns not in found[3]:
+                            found[3].append(columns)
+                for same, (launch, parts, options, columns) in variants.items():
+                    same = (*same, repr(parts[0]))
+                    if same not in seen:
+                        signature, constants, attrs = parts
+                        source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attrs)
+                        counts = measure(triton.compile(source, target=target, options=options), target)
+                        block = next(v for k, v in launch.args.items() if k.startswith("BLOCK"))
+                        seen[same] = {"block": block, "warps": options["num_warps"], **counts}
+                    name = f"{path.library}/{path.name}/{launch.name}/{path.objective}/{dtype}/{label}"
+                    if len(columns) < len(VOCABULARIES):
+                        name += f"/V={columns[0]}"
+                    table[name] = seen[same]
+    return table
+
+
+def exceeded(table: dict) -> list[str]:
+    """What of ours is over budgets.json: registers and shared bytes a thread and block; a spill is always over."""
+    budgets, over = json.loads(BUDGETS.read_text()), []
+    for name, counts in table.items():
+        kernel, objective, _, target = name.split("/")
+        allowed = budgets.get(f"{kernel}/{objective}", {}).get(target)
+        if allowed is None:
+            over.append(f"{name}: no budget")
+            continue
+        for what, most in zip(("registers", "shared"), allowed, strict=True):
+            if counts[what] > most:
+                over.append(f"{name}: {what} {counts[what]}, budget {most}")
+        if any(counts["spills"]) or counts["stack"]:
+            over.append(f"{name}: spills {counts['spills']}, stack {counts['stack']}")
+    return over
+
+
+def set_budgets() -> None:
+    """The most of any dtype, registers rounded up to a multiple of 8: hardware allocates them so."""
+    budgets: dict = {}
+    for name, counts in json.loads(RESULTS.read_text())["kernels"].items():
+        kernel, objective, _, target = name.split("/")
+        cell = budgets.setdefault(f"{kernel}/{objective}", {}).setdefault(target, [0, 0])
+        cell[0], cell[1] = max(cell[0], -(-counts["registers"] // 8) * 8), max(cell[1], counts["shared"])
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(cells)}" for name, cells in budgets.items())
+    BUDGETS.write_text("{\n" + lines + "\n}\n")
+
+
 def show(table: dict) -> None:
-    print(f"{'kernel/objective/dtype/target':<36} regs  spills  stack shared  loads        stores       loop barriers")
+    long = max(map(len, table), default=0)
+    print(f"{'':<{long}} regs  spills  stack shared  loads               stores              loop barriers")
     for name, m in table.items():
         spills = "/".join(map(str, m["spills"]))
         print(
-            f"{name:<36} {m['registers']:>4} {spills:>7} {m['stack']:>6} {m['shared']:>6}  {m['loads']:<12} "
-            f"{m['stores']:<12} {'-' if m['barriers'] is None else m['barriers']}"
+            f"{name:<{long}} {m['registers']:>4} {spills:>7} {m['stack']:>6} {m['shared']:>6}  {m['loads']:<19} "
+            f"{m['stores']:<19} {'-' if m['barriers'] is None else m['barriers']}"
         )
 
 
-def main() -> None:
+def save(result: dict, to: Path) -> None:
+    """JSON with one kernel a line."""
+    tables = {key: value for key, value in result.items() if key.endswith("kernels")}
+    text = json.dumps({**result, **{key: {} for key in tables}}, indent=1)
+    for key, table in tables.items():
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(counts)}" for name, counts in table.items())
+        text = text.replace(f'"{key}": {{}}', f'"{key}": {{\n{lines}\n }}' if lines else f'"{key}": {{}}')
+    to.write_text(text + "\n")
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--reduced", action="store_true", help="bf16 and fp32, nll and everything")
+    parser.add_argument("--reduced", action="store_true", help="ours only: bf16 and fp32, nll and everything")
+    parser.add_argument("--check", action="store_true", help="ours only, against budgets.json; writes nothing")
+    parser.add_argument("--set-budgets", action="store_true", help="write budgets.json from static.json")
     parser.add_argument("--json", default=str(RESULTS), help="where the counts go; - is the last line of stdout")
     arguments = parser.parse_args()
-    chosen = {"dtypes": ("bf16", "fp32"), "specs": ("nll", "everything")} if arguments.reduced else {}
-    table = run(**chosen)
+    if arguments.set_budgets:
+        set_budgets()
+        return 0
+    table = run(**({"dtypes": ("bf16", "fp32"), "specs": ("nll", "everything")} if arguments.reduced else {}))
     show(table)
+    over = exceeded(table)
+    print("\n".join(over) or "within budgets.json")
+    if arguments.check:
+        return bool(over)
+    versions = {} if arguments.reduced else peers.versions()
+    if not arguments.reduced:
+        for library in sorted({"liger", "trl"} - set(versions)):
+            print(f"{library}: not installed, skipped")
+    ragged = {} if arguments.reduced else run_ragged()
+    peer_table = run_peers() if versions else {}
+    show(ragged | peer_table)
     result = {
-        "triton": triton.__version__, "block": rows_triton.BLOCK, "threads": rows_triton.THREADS, "kernels": table,
+        "triton": triton.__version__, "block": rows_triton.BLOCK, "threads": rows_triton.THREADS, "peers": versions,
+        "vocabularies": VOCABULARIES,
+        "kernels": table, "ragged_kernels": ragged, "peer_kernels": peer_table,
     }  # fmt: skip
     if arguments.json == "-":
         print(json.dumps(result))
     else:
-        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(counts)}" for name, counts in table.items())
-        head = json.dumps({**result, "kernels": {}}, indent=1).replace('"kernels": {}', f'"kernels": {{\n{lines}\n }}')
-        Path(arguments.json).write_text(head + "\n")
+        save(result, Path(arguments.json))
+    return 0
 
 
 if __name__ == "__main__":

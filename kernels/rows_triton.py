@@ -102,11 +102,16 @@ def _mix(z, t, ALPHA: tl.constexpr, ETA: tl.constexpr):
 
 
 @triton.jit
-def _log_ratio(logx, logp, logt, BETA: tl.constexpr):
-    """log x - log(beta T + (1 - beta) p), in the log domain; 0 where it only meets a zero factor."""
+def _log_mean(logp, logt, BETA: tl.constexpr):
+    """log(beta T + (1 - beta) p), in the log domain."""
     safe = _safe(tl.maximum(logp, logt))
     # one exponential is 1, so for 0 < beta < 1 the sum is at least min(beta, 1 - beta)
-    log_m = safe + tl.log(BETA * tl.exp(logt - safe) + (1.0 - BETA) * tl.exp(logp - safe))
+    return safe + tl.log(BETA * tl.exp(logt - safe) + (1.0 - BETA) * tl.exp(logp - safe))
+
+
+@triton.jit
+def _log_ratio(logx, log_m):
+    """log x - log m; 0 where it only meets a zero factor."""
     return tl.where((logx == _NEG_INF) | (log_m == _NEG_INF), 0.0, logx - log_m)
 
 
@@ -275,8 +280,9 @@ def jsd_kernel(
         t = tl.where(z == _NEG_INF, _NEG_INF, _transform(t_raw, t_inv, T_SCALE, T_CAP, T_TEMP))
         logp = z - z_max - z_log
         logt = t - t_max - t_log
-        sum_t += tl.sum(tl.exp(logt) * _log_ratio(logt, logp, logt, BETA), 1)
-        sum_p += tl.sum(tl.exp(logp) * _log_ratio(logp, logp, logt, BETA), 1)
+        log_m = _log_mean(logp, logt, BETA)
+        sum_t += tl.sum(tl.exp(logt) * _log_ratio(logt, log_m), 1)
+        sum_p += tl.sum(tl.exp(logp) * _log_ratio(logp, log_m), 1)
     _add(S + S_JSD_T * state_stride, 1.0, sum_t)
     _add(S + S_JSD_P * state_stride, 1.0, sum_p)
 
@@ -328,7 +334,7 @@ def grad_kernel(
         dz += tl.load(R + C_U * coef_stride)
     if JSD:
         logt = t - tl.load(R + C_T_MAX * coef_stride) - tl.load(R + C_T_LOG * coef_stride)
-        ratio = _log_ratio(logp, logp, logt, BETA)
+        ratio = _log_ratio(logp, _log_mean(logp, logt, BETA))
         ratio -= tl.load(R + C_JSD_P * coef_stride)
         dz += tl.load(R + C_G * coef_stride) * p * ratio
     dz += tl.where(at_label, tl.load(R + C_LABEL * coef_stride), 0.0)
