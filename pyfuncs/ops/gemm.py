@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-#: Bytes of the fp32 copy of a weight slab on devices without a mixed-precision product.
-SLAB_BYTES = 16 << 20
+#: Bytes of the copy of a weight slab in the accumulator's dtype, on devices without a mixed-precision product.
+SLAB_BYTES = 4 << 20
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -58,14 +58,23 @@ class Head:
         self.weight = weight.to(compute_dtype) if self.mode == "mixed" else weight
         self.bias = bias
         self.operand = compute_dtype if self.mode == "mixed" else self.dtype
-        rows = max(64, SLAB_BYTES // max(1, dtype.itemsize * weight.shape[1]))
-        size = weight.shape[0] if self.mode != "upcast" else rows
-        self.slabs = [slice(v, min(v + size, weight.shape[0])) for v in range(0, weight.shape[0], max(1, size))]
+        v, h = weight.shape
+        rows = max(v, 1)
+        if self.mode == "upcast":
+            rows = max(64, SLAB_BYTES // max(1, dtype.itemsize * h))
+            self._cast = torch.empty(min(rows, v), h, dtype=dtype, device=weight.device)
+        self.slabs = [slice(r, min(r + rows, v)) for r in range(0, v, rows)]
+
+    def _rows(self, slab: slice) -> torch.Tensor:
+        """The head's rows of a slab in ``operand`` dtype; what an earlier call returned may be written over."""
+        if self.mode != "upcast":
+            return self.weight[slab]
+        return self._cast[: slab.stop - slab.start].copy_(self.weight[slab])
 
     def project(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Logits into out (n, V) of the accumulator's dtype; x (n, H) in ``operand`` dtype."""
         for slab in self.slabs:
-            product(x, self.weight[slab].to(self.operand).t(), out[:, slab])
+            product(x, self._rows(slab).t(), out[:, slab])
         return out if self.bias is None else out.add_(self.bias.to(self.dtype))
 
     def input_grad(self, dz: torch.Tensor) -> torch.Tensor:
@@ -73,7 +82,7 @@ class Head:
         make = torch.empty if self.slabs else torch.zeros
         out = make(dz.shape[0], self.weight.shape[1], dtype=self.dtype, device=dz.device)
         for i, slab in enumerate(self.slabs):
-            product(dz[:, slab], self.weight[slab].to(self.operand), out, add=i > 0)
+            product(dz[:, slab], self._rows(slab), out, add=i > 0)
         return out
 
     def weight_grad(self, dz: torch.Tensor, x: torch.Tensor, into: torch.Tensor, *, first: bool) -> None:

@@ -78,7 +78,7 @@ def chunks(
 
 #: Vocabulary-outer order.  Rows of a product: fixed, so that a row's logits do not depend on how many rows there are
 #: (a vendor's library may choose another kernel, and another order of summation, for another size).
-PRODUCT_ROWS, PRODUCT_ROWS_GPU = {"cpu": 128}, 1024
+PRODUCT_ROWS, PRODUCT_ROWS_GPU = {"cpu": 256}, 1024
 #: Rows of a tile, and vocabulary entries of a slab, without a budget: the logits of a slab stay in a CPU's cache;
 #: on a GPU they fill it, and dX, read and written once a slab, costs little beside the slab's products.
 TILE_ROWS, TILE_ROWS_GPU = {"cpu": 1024}, 8192
