@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import interpreter as shim
 import numpy as np
-import peers
+import peer_kernels as peers
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes

@@ -9,7 +9,7 @@ For each kernel, flag set, dtype and target the Triton source is compiled as a l
 (pointers and row strides divisible by 16; vocabularies such as 49,152, 128,256 and 151,936 are), then ptxas
 of the Triton wheel, or the metadata in the amdgcn text, says what it uses.  Liger's and TRL's row kernels,
 where those packages are installed, are compiled beside ours with the blocks and warps that their own host
-code chooses (peers.py).  TRITON_INTERPRET must be unset: this file removes it before Triton is imported.
+code chooses (peer_kernels.py).  TRITON_INTERPRET must be unset: this file removes it before Triton is imported.
 These are counts, not times: nothing here predicts speed.
 """
 
@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.pop("TRITON_INTERPRET", None)
 
-import peers
+import peer_kernels as peers
 import torch
 import triton
 from triton import knobs
