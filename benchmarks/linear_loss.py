@@ -430,7 +430,7 @@ def main() -> None:
                 if start - begin + longest > 60 * options.minutes:
                     print(f"left out, {options.minutes:g} minutes are over: {shape} {dtype} {objective}", flush=True)
                     continue
-                print(f"{shape} {dtype} {objective}: way, rows, error of dX and dW, median, of floor, extra", flush=True)
+                print(f"{shape} {dtype} {objective}: rows, error of dX, of dW, median, of floor, extra", flush=True)
                 cell = Cell(p, objective, ways, device, options).measure()
                 longest = max(longest, time.monotonic() - start)
                 cell["wall_seconds"] = time.monotonic() - start

@@ -46,16 +46,18 @@ class Problem:
         return replace(self, **leaves)
 
 
-def problem(n: int, h: int, v: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Problem:
-    """Random numbers; logits of standard deviation about 0.05 sqrt(H)."""
+def problem(
+    n: int, h: int, v: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0, scale: float = 0.05
+) -> Problem:  # fmt: skip
+    """Random numbers; logits of standard deviation about scale sqrt(H)."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=g).mul_(scale).to(device, dtype)
 
     return Problem(
-        rand(n, h), rand(v, h, scale=0.05), torch.randint(0, v, (n,), generator=g).to(device), rand(n, h),
-        rand(v, h, scale=0.05), torch.randn(n, generator=g).to(device), torch.randn(n, generator=g).to(device),
+        rand(n, h), rand(v, h, scale=scale), torch.randint(0, v, (n,), generator=g).to(device), rand(n, h),
+        rand(v, h, scale=scale), torch.randn(n, generator=g).to(device), torch.randn(n, generator=g).to(device),
     )  # fmt: skip
 
 
@@ -312,17 +314,14 @@ def our_ways(backends: tuple[str, ...]) -> list[Way]:
 
     losses = tuple(name for name, (_, objective, _) in OBJECTIVES.items() if objective is not None)
     plans = getattr(module, "PLANS", ("tokens",))
+    twice = {"bounded": True, "recompute": True, "ours": True}
     out = []
     for backend in backends:
         out.append(Way(f"burnish_{backend}", losses, fused(backend, "tokens"), bounded=True, ours=True))
         if "vocab" in plans:
-            out.append(
-                Way(f"burnish_{backend}_vocab", losses, fused(backend, "vocab"), bounded=True, recompute=True, ours=True)
-            )
+            out.append(Way(f"burnish_{backend}_vocab", losses, fused(backend, "vocab"), **twice))
         if hasattr(burnish, "linear_stats"):
-            out.append(
-                Way(f"burnish_{backend}", ("logp_entropy",), stats(backend), bounded=True, recompute=True, ours=True)
-            )
+            out.append(Way(f"burnish_{backend}", ("logp_entropy",), stats(backend), **twice))
     return out
 
 
