@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.lora import LoRAHead
 from ..ops.teacher import Teacher
 from .output_head import backbone, base_model, head_module, output_head
 
@@ -44,6 +45,8 @@ def _run(model: nn.Module, args: tuple, kwargs: dict, keep: slice) -> Teacher:
     kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_TEACHERS}
     hidden = backbone(model)(*args, **kwargs).last_hidden_state[:, keep]
     head = output_head(model)
+    if isinstance(head.weight, LoRAHead):
+        raise ValueError("a teacher with an adapter on its lm_head: merge it first (merge_and_unload())")
     return Teacher(
         hidden=hidden.to(head.weight.device), weight=head.weight, bias=head.bias, scale=head.scale, softcap=head.softcap
     )

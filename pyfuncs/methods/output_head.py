@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops.lora import LoRAHead
+
 
 @dataclass(frozen=True)
 class OutputHead:
     """z = softcap tanh(scale (h W^T + bias) / softcap); ``softcap`` None leaves the tanh out."""
 
-    weight: Tensor
+    weight: Tensor | LoRAHead
     bias: Tensor | None
     scale: float
     softcap: float | None
@@ -36,19 +38,23 @@ def backbone(model: nn.Module) -> nn.Module:
 def head_module(model: nn.Module) -> nn.Module:
     """The module that holds the LM head's weight.
 
-    Raises ValueError where there is none, or where a PEFT adapter sits on it: the weight is read, the
-    module is never called, so the adapter would be ignored and never trained.
+    Raises ValueError where there is none, or where a PEFT adapter other than LoRA or DoRA sits on it: the weight is
+    read, the module is never called, so the adapter would be ignored and never trained.
     """
     get: Any = getattr(model, "get_output_embeddings", None)
     head = None if get is None else get()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings: a model with an LM head is needed")
     if "peft" in sys.modules:
+        from peft.tuners.lora import Linear
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 
-        if isinstance(head, BaseTunerLayer):
-            raise ValueError("a PEFT adapter on lm_head is not supported: take 'lm_head' out of target_modules")
+        if isinstance(head, BaseTunerLayer) and not isinstance(head, Linear):
+            raise ValueError(
+                f"a PEFT adapter on lm_head must be LoRA or DoRA; got {type(head).__name__}: take 'lm_head' out of "
+                "target_modules"
+            )
         if isinstance(head, ModulesToSaveWrapper):  # a full trained copy beside the original
             return head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
     return head
@@ -75,20 +81,53 @@ def transforms(config) -> tuple[float, float | None]:
 def output_head(model: nn.Module) -> OutputHead:
     """The head as it is now: FSDP and PEFT replace modules, so look it up on each call."""
     head = head_module(model)
-    weight, bias = head.weight, getattr(head, "bias", None)
+    weight: Any = head.weight
+    bias = getattr(head, "bias", None)
     if hasattr(weight, "ds_id"):
         raise ValueError("DeepSpeed ZeRO-3 partitions the LM head: use ZeRO-2, FSDP2 or DDP")
-    if hasattr(weight, "full_tensor"):  # a head that FSDP2 shards by itself; within the root it is whole here
-        weight, bias = _gather(weight), None if bias is None else _gather(bias)
+    adapter = _adapter(head)
+    if adapter is None:
+        weight = _whole(weight)
+    else:
+        a, b, magnitude, scaling, dropout = adapter
+        parts = (_whole(a), _whole(b), scaling, None if magnitude is None else _whole(magnitude), dropout)
+        weight = LoRAHead(_whole(weight), *parts)
     scale, softcap = transforms(model.config)
-    return OutputHead(weight, bias, scale, softcap)
+    return OutputHead(weight, None if bias is None else _whole(bias), scale, softcap)
 
 
-def _gather(parameter: Any) -> Tensor:
-    """A sharded parameter whole, with FSDP's average over ranks as its gradient.
+def _adapter(head: Any) -> tuple | None:
+    """(A, B, magnitude or None, scaling, dropout) of a PEFT layer's active LoRA; None where the base stands alone."""
+    if not hasattr(head, "lora_A") or head.disable_adapters or head.merged:
+        return None
+    active = [name for name in head.active_adapters if name in head.lora_A]
+    if not active:
+        return None
+    if len(active) > 1:
+        raise ValueError(f"one adapter may be active on lm_head; got {', '.join(active)}")
+    (name,) = active
+    variant = getattr(head, "lora_variant", {}).get(name)
+    if variant is not None and type(variant).__name__ != "DoraLinearVariant":
+        raise ValueError(f"a LoRA variant on lm_head must be DoRA; got {type(variant).__name__}")
+    if head.lora_B[name].bias is not None:
+        raise ValueError("a LoRA with a bias of its own (lora_bias=True) on lm_head is not supported")
+    dropout = getattr(head.lora_dropout[name], "p", 0.0) if head.training else 0.0
+    magnitude = None
+    if variant is not None:
+        magnitude = head.lora_magnitude_vector[name].weight.reshape(-1)
+        if dropout:
+            raise ValueError("DoRA with lora_dropout on lm_head is not supported: set lora_dropout=0")
+    return head.lora_A[name].weight, head.lora_B[name].weight, magnitude, float(head.scaling[name]), float(dropout)
 
-    ``full_tensor()`` alone takes the ranks' gradients for equal and keeps a slice of this rank's own.
+
+def _whole(parameter: Any) -> Tensor:
+    """A parameter that FSDP2 shards by itself, whole, with FSDP's average over ranks as its gradient.
+
+    ``full_tensor()`` alone takes the ranks' gradients for equal and keeps a slice of this rank's own.  Within FSDP's
+    root unit parameters are whole here already.
     """
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
     from torch.distributed.tensor import Partial
 
     mesh = parameter.device_mesh

@@ -140,13 +140,8 @@ class Objective:
             raise ValueError(
                 f"objective {self.name!r}: needs may name {', '.join(sorted(_NEEDS))}; got {set(self.needs)}"
             )
-        everything = set(self.stats) | set(self.couple_stats)
-        needs = set(self.needs)
-        if everything & _TEACHER or ("mix" in everything and self.eta != 0.0):
-            needs.add("teacher")
-        if "ids" in everything:
-            needs.add("ids")
-        object.__setattr__(self, "needs", frozenset(needs))
+        _, needs = asks(self.name, self.stats + self.couple_stats, self.eta)
+        object.__setattr__(self, "needs", frozenset(self.needs) | needs)
         if not self.temperature > 0:
             raise ValueError(f"objective {self.name!r}: temperature must be > 0; got {self.temperature}")
         key = f"{self.name}#{next(_serial)}"
@@ -192,6 +187,13 @@ def _expand(name: str, stats) -> tuple[str, ...]:
                 raise ValueError(f"objective {name!r}: unknown statistic {stat!r}; known: {', '.join(STATISTICS)}")
             out.append(base)
     return tuple(dict.fromkeys(out))
+
+
+def asks(name: str, stats: tuple[str, ...], eta: float) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The statistics that names stand for, and what the caller must give for them: "teacher", "ids"."""
+    names = _expand(name, stats)
+    needs = {"teacher"} if set(names) & _TEACHER or ("mix" in names and eta != 0.0) else set()
+    return names, frozenset(needs | ({"ids"} if "ids" in names else set()))
 
 
 def objective(*stats: str, **options) -> Callable[[Callable[[RowStats], torch.Tensor]], Objective]:

@@ -64,6 +64,18 @@ class Transforms:
     teacher_temperature: float = 1.0
 
 
+def row_spec(
+    stats, alpha: float, eta: float, beta: float, top_k: int, transforms: Transforms, *, temperature: bool,
+    teacher_temperature: bool,
+) -> RowSpec:  # fmt: skip
+    """What the kernels compute for these statistics; the label and the log-sum-exp always."""
+    return RowSpec(
+        stats=frozenset(stats) | _ALWAYS, alpha=alpha, eta=eta, beta=beta, top_k=top_k or 20,
+        scale=transforms.scale, softcap=transforms.softcap, teacher_scale=transforms.teacher_scale,
+        teacher_softcap=transforms.teacher_softcap, temperature=temperature, teacher_temperature=teacher_temperature,
+    )  # fmt: skip
+
+
 @dataclass
 class Task:
     """An objective bound to transforms, kernels, a teacher form and an accumulator dtype."""
@@ -81,11 +93,8 @@ class Task:
              dtype: torch.dtype, teacher: str, tail: str, temperature: bool) -> Task:  # fmt: skip
         """``temperature``: whether the op's own temperature may differ from 1."""
         o = LIVE[key]
-        spec = RowSpec(
-            stats=frozenset(o.stats) | _ALWAYS, alpha=o.alpha, eta=o.eta, beta=o.beta, top_k=o.top_k or 20,
-            scale=transforms.scale, softcap=transforms.softcap,
-            teacher_scale=transforms.teacher_scale, teacher_softcap=transforms.teacher_softcap,
-            temperature=temperature or o.temperature != 1.0,
+        spec = row_spec(
+            o.stats, o.alpha, o.eta, o.beta, o.top_k, transforms, temperature=temperature or o.temperature != 1.0,
             teacher_temperature=transforms.teacher_temperature != 1.0 or o.temperature != 1.0,
         )  # fmt: skip
         names = tuple(n for n in metrics.split(",") if n)
@@ -115,30 +124,36 @@ def fold(task: Task, spec: RowSpec, tile: Tensor, teacher: Tensor | None, rows: 
         # given log-probabilities are true ones: not to be renormalised over the K that were kept
         stats["teacher_logp"] = stats["teacher_logp"] + stats["teacher_lse"]
     if spec.has("top_entropy"):
-        top = tile.topk(min(spec.top_k, tile.shape[1]), 1).values  # the transforms are increasing
-        z, _ = rows_torch.transform(top, task.dtype, spec.scale, spec.softcap, rows.inv_temp)
-        logq = z.log_softmax(1)
-        stats["top_entropy"] = -(logq.exp() * torch.where(logq == -torch.inf, 0.0, logq)).sum(1)
+        # the transforms are increasing: the top of the raw logits is the top of z
+        stats["top_entropy"] = top_entropy(tile.topk(min(spec.top_k, tile.shape[1]), 1).values, spec, rows.inv_temp)
     if spec.has("ids"):
         stats["ids"] = rows_torch.gather_ids(tile, rows.ids, spec, inv_temp=rows.inv_temp, dtype=task.dtype)
     return stats
 
 
-def couple(task: Task, stats: dict, rows: Rows) -> Tensor:
+def top_entropy(raw: Tensor, spec: RowSpec, inv_temp: Tensor) -> Tensor:
+    """Entropy (n,) in nats of the softmax over raw logits (n, k) alone."""
+    z, _ = rows_torch.transform(raw, inv_temp.dtype, spec.scale, spec.softcap, inv_temp)
+    logq = z.log_softmax(1)
+    return -(logq.exp() * torch.where(logq == -torch.inf, 0.0, logq)).sum(1)
+
+
+def couple(objective: Objective, stats: dict, rows: Rows, dtype: torch.dtype) -> Tensor:
     """Objective.couple over the rows that count; 0 for the others.  stats are of all rows."""
-    assert task.objective.couple is not None
-    weight = task.objective.couple(_view(stats, rows))
+    assert objective.couple is not None
+    weight = objective.couple(view(stats, rows))
     if not isinstance(weight, Tensor):
-        raise TypeError(f"objective {task.objective.name!r}: couple must return a tensor; got {type(weight).__name__}")
+        raise TypeError(f"objective {objective.name!r}: couple must return a tensor; got {type(weight).__name__}")
     if weight.shape != rows.target.shape:
         raise ValueError(
-            f"objective {task.objective.name!r}: couple must return shape {tuple(rows.target.shape)}; "
+            f"objective {objective.name!r}: couple must return shape {tuple(rows.target.shape)}; "
             f"got {tuple(weight.shape)}"
         )
-    return weight.to(task.dtype)
+    return weight.to(dtype)
 
 
-def _view(stats: dict, rows: Rows) -> RowStats:
+def view(stats: dict, rows: Rows) -> RowStats:
+    """What an objective sees of the rows."""
     shown = {k: v for k, v in stats.items() if k in STATISTICS}
     return RowStats(
         valid=rows.factor != 0, sequence=rows.sequence, weight=rows.weight,
@@ -155,7 +170,7 @@ def evaluate(task: Task, tile, teacher, rows: Rows, *, gradients: bool):
     o = task.objective
     stats = fold(task, task.fold_spec, tile, teacher, rows)
     # before the objective sees the statistics: its lines may write in place
-    table = torch.stack([_metric(n, stats) for n in task.metrics]) if task.metrics else None
+    table = torch.stack([metric(n, stats) for n in task.metrics]) if task.metrics else None
     visible = {k: v for k, v in stats.items() if k in o.stats or k in ("lse", "z_max", "z_log")}
     factor = rows.factor
     if "supported" in stats:
@@ -165,7 +180,7 @@ def evaluate(task: Task, tile, teacher, rows: Rows, *, gradients: bool):
     if gradients:
         with torch.enable_grad():
             leaves = {k: visible[k].detach().requires_grad_() for k in DIFFERENTIABLE if k in visible}
-            loss = o(_view({**visible, **leaves}, rows))
+            loss = o(view({**visible, **leaves}, rows))
             given: tuple = (None,) * len(leaves)
             if loss.requires_grad:  # an objective may be constant
                 given = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
@@ -176,13 +191,14 @@ def evaluate(task: Task, tile, teacher, rows: Rows, *, gradients: bool):
         if ids_grad is not None and rows.ids is not None:
             ids_grad = torch.where(live[:, None] & (rows.ids >= 0), ids_grad * factor[:, None], 0.0)
     else:
-        loss = o(_view(visible, rows))
+        loss = o(view(visible, rows))
     loss = torch.where(live, loss * factor, 0.0)
     table = loss.new_empty(0, loss.shape[0]) if table is None else torch.where(rows.factor != 0, table, 0.0)
     return loss, table, coef, ids_grad
 
 
-def _metric(name: str, stats: dict) -> Tensor:
+def metric(name: str, stats: dict) -> Tensor:
+    """A diagnostic of ``METRICS`` from its statistics."""
     if name == "nll":
         return -stats["logp"]
     if name == "entropy":
@@ -221,11 +237,11 @@ def dense_teacher(task: Task, out, tile, ids, logp, rows: Rows) -> Tensor:
 
 
 def make_rows(
-    task: Task, target, token_weight, ignore_index: int, temperature: Tensor | None, flat_temperature: float,
-    teacher_temperature: float, ids, sequence,
+    dtype: torch.dtype, tau: float, target, token_weight, ignore_index: int, temperature: Tensor | None,
+    flat_temperature: float, teacher_temperature: float, ids, sequence,
 ) -> Rows:  # fmt: skip
-    """Per-row inputs on the target's device, in the accumulator's dtype."""
-    n, device, dtype = target.shape[0], target.device, task.dtype
+    """Per-row inputs on the target's device, in the accumulator's dtype; ``tau`` is the objective's temperature."""
+    n, device = target.shape[0], target.device
     valid = target != ignore_index
     factor = valid.to(dtype)
     if token_weight is not None:
@@ -234,7 +250,6 @@ def make_rows(
         plain = torch.full((n,), 1.0 / flat_temperature, dtype=dtype, device=device)
     else:
         plain = temperature.to(dtype).reciprocal().expand(n).contiguous()
-    tau = task.objective.temperature
     teacher = torch.full((n,), 1.0 / (teacher_temperature * tau), dtype=dtype, device=device)
     # a label that is ignored may be any number: never a column
     safe = torch.where(valid, target, -1).contiguous()

@@ -30,6 +30,16 @@ def mode(weight_dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.de
     return "mixed" if device.type == "cuda" and low else "upcast"
 
 
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
+    """out = a b, or += with ``add``; in out's dtype, whatever the operands' (where these differ: on CUDA alone)."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
 def teacher_head(teacher: list[torch.Tensor], dtype: torch.dtype) -> Head:
     """The head of a teacher given by hidden states, for logits of ``dtype``; its own precision is kept."""
     own = teacher[1].dtype
@@ -54,29 +64,18 @@ class Head:
 
     def project(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Logits into out (n, V) of the accumulator's dtype; x (n, H) in ``operand`` dtype."""
-        if self.mode == "mixed":
-            torch.mm(x, self.weight.t(), out_dtype=self.dtype, out=out)
-        else:
-            for slab in self.slabs:
-                torch.mm(x, self.weight[slab].to(self.dtype).t(), out=out[:, slab])
+        for slab in self.slabs:
+            product(x, self.weight[slab].to(self.operand).t(), out[:, slab])
         return out if self.bias is None else out.add_(self.bias.to(self.dtype))
 
     def input_grad(self, dz: torch.Tensor) -> torch.Tensor:
         """dz W, (n, H) in the accumulator's dtype."""
-        if self.mode == "mixed":
-            return torch.mm(dz, self.weight, out_dtype=self.dtype)
-        out = dz.new_zeros(dz.shape[0], self.weight.shape[1])
-        for slab in self.slabs:
-            torch.addmm(out, dz[:, slab], self.weight[slab].to(self.dtype), out=out)
+        make = torch.empty if self.slabs else torch.zeros
+        out = make(dz.shape[0], self.weight.shape[1], dtype=self.dtype, device=dz.device)
+        for i, slab in enumerate(self.slabs):
+            product(dz[:, slab], self.weight[slab].to(self.operand), out, add=i > 0)
         return out
 
     def weight_grad(self, dz: torch.Tensor, x: torch.Tensor, into: torch.Tensor, *, first: bool) -> None:
         """into (V, H) += dz^T x, or = on the first call."""
-        if first and self.mode == "mixed":
-            torch.mm(dz.t(), x, out_dtype=self.dtype, out=into)
-        elif first:
-            torch.mm(dz.t(), x, out=into)
-        elif self.mode == "mixed":
-            torch.addmm(into, dz.t(), x, out_dtype=self.dtype, out=into)
-        else:
-            torch.addmm(into, dz.t(), x, out=into)
+        product(dz.t(), x, into, add=not first)

@@ -29,7 +29,7 @@ class Geometry:
 def chunks(
     *, rows: int, vocabulary: int, hidden: int, teacher_hidden: int = 0, weight_dtype: torch.dtype,
     compute_dtype: torch.dtype, device: torch.device, teacher: str = "", weight_grad: bool = True,
-    bias_grad: bool = False, hidden_grad: bool = True, recompute: bool = False, ids: int = 0, backend: str = "torch",
+    bias_grad: bool = False, hidden_grad: bool = True, ids: int = 0, backend: str = "torch",
     budget: int | None = None, teacher_itemsize: int = 4,
 ) -> Geometry:  # fmt: skip
     """Chunk geometry of ``linear_loss``.  ValueError if the budget does not hold one row.
@@ -37,8 +37,8 @@ def chunks(
     Scratch, beside inputs, outputs and gradients: a chunk holds its logits (V, accumulator dtype), the
     gradient in the operands' dtype where that differs, the teacher's logits, and copies of its rows of hidden;
     fixed are the fp32 accumulators of dW and dX where weight and hidden are narrower, a cast slab or copy of the
-    weight, the torch twin's blocks (the host's lie on its threads' stacks), and a few numbers a row.  ``recompute``:
-    for ``reduction="none"``, whose coefficients wait for backward.  ``ids``: K of a top-K teacher and of the op's ids.
+    weight, the torch twin's blocks (the host's lie on its threads' stacks), and a few numbers a row.  ``ids``: K of
+    a top-K teacher and of the op's ids.
     """
     acc = gemm.accumulator(compute_dtype)
     size, low = acc.itemsize, compute_dtype.itemsize
@@ -54,9 +54,7 @@ def chunks(
     per_row += 3 * (hidden + teacher_hidden) * size + (2 * len(STATE) + 3 * len(COEF) + 64) * 8
     per_row += 96 * ids
     fixed = 64 * rows + (1 << 20)
-    if recompute:  # the coefficients wait for backward; as made, of the rows that count, and spread over all
-        fixed += rows * (3 * len(COEF) * size + 16 * ids)
-    elif hidden_grad and compute_dtype != acc:
+    if hidden_grad and compute_dtype != acc:
         fixed += rows * hidden * size
     if mode == "upcast":
         fixed += 2 * gemm.SLAB_BYTES
@@ -76,3 +74,63 @@ def chunks(
     if count < 1:
         raise ValueError(f"budget must be at least {fixed + per_row} bytes for these shapes; got {budget}")
     return Geometry(rows=min(count, max(rows, 1)), per_row=per_row, fixed=fixed, budget=budget)
+
+
+#: Vocabulary-outer order.  Rows of a product: fixed, so that a row's logits do not depend on how many rows there are
+#: (a vendor's library may choose another kernel, and another order of summation, for another size).
+PRODUCT_ROWS, PRODUCT_ROWS_GPU = {"cpu": 128}, 1024
+#: Rows of a tile, and vocabulary entries of a slab, without a budget: the logits of a slab stay in a CPU's cache;
+#: on a GPU they fill it, and dX, read and written once a slab, costs little beside the slab's products.
+TILE_ROWS, TILE_ROWS_GPU = {"cpu": 1024}, 8192
+SLAB, SLAB_GPU = {"cpu": 2048}, 8192
+
+
+@dataclass(frozen=True)
+class SlabGeometry:
+    """``columns`` vocabulary entries a slab, ``rows`` rows a tile, ``product`` rows a product; bytes of scratch."""
+
+    columns: int
+    rows: int
+    product: int
+    budget: int
+
+
+def slabs(
+    *, rows: int, vocabulary: int, hidden: int, teacher_hidden: int = 0, weight_dtype: torch.dtype,
+    compute_dtype: torch.dtype, device: torch.device, teacher: str = "", ids: int = 0, backend: str = "torch",
+    budget: int | None = None, extra_tiles: int = 0,
+) -> SlabGeometry:  # fmt: skip
+    """Geometry of the vocabulary-outer order.  ValueError if the budget does not hold one row and one entry.
+
+    Without a budget slabs, tiles and products are the same for any number of rows: a row's statistics are then
+    bit-equal whatever other rows there are.  Scratch, beside inputs, outputs and gradients: a tile of logits (and of
+    the teacher's, and of dz in the operands' dtype where that differs, and ``extra_tiles``), the slab of the heads
+    cast, the slab of dW in the accumulator's dtype, the torch twin's blocks, and of each row its statistics,
+    coefficients, and copies of its hidden state and of its gradient.
+    """
+    acc = gemm.accumulator(compute_dtype)
+    size = acc.itemsize
+    mode = gemm.mode(weight_dtype, compute_dtype, device, acc)
+    tiles = size * (1 + (teacher in ("hidden", "topk")) + extra_tiles)
+    if mode == "mixed":
+        tiles += compute_dtype.itemsize
+    fixed = (1 << 20) + rows * (3 * hidden * size + (3 * len(STATE) + 4 * len(COEF) + 64) * 8 + 96 * ids)
+    twin = backend == "torch" or (backend == "host" and teacher == "topk")
+
+    def cost(r: int, v: int) -> int:
+        per_row = v * tiles + 2 * (hidden + teacher_hidden) * size
+        return fixed + r * per_row + v * 3 * (hidden + teacher_hidden) * size + (scratch_bytes(v, size) if twin else 0)
+
+    product = PRODUCT_ROWS.get(device.type, PRODUCT_ROWS_GPU)
+    r = min(TILE_ROWS.get(device.type, TILE_ROWS_GPU), -(-max(rows, 1) // product) * product)
+    v = min(SLAB.get(device.type, SLAB_GPU), max(vocabulary, 1))
+    if budget is None:
+        return SlabGeometry(v, r, product, cost(r, v))
+    while cost(r, v) > budget:
+        if r > 64 or (v == 1 and r > 1):
+            r = (r + 1) // 2
+        elif v > 1:
+            v = (v + 1) // 2
+        else:
+            raise ValueError(f"budget must be at least {cost(1, 1)} bytes for these shapes; got {budget}")
+    return SlabGeometry(v, r, min(product, r), budget)

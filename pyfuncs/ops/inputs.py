@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -32,11 +33,50 @@ class Common:
     metrics: str
 
 
+class Asked(NamedTuple):
+    """What ``prepare`` reads of an objective."""
+
+    name: str
+    stats: tuple[str, ...]
+    needs: frozenset[str]
+
+
 def check_float(name: str, x: torch.Tensor) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
+
+
+def check_operands(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
+    """Shapes, devices and dtypes of hidden, head and bias; returns the dtype that the products' operands take."""
+    check_float("hidden", hidden)
+    check_float("weight", weight)
+    if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden (..., H) and weight (V, H) must agree on H; got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.device != hidden.device:
+        raise ValueError(f"weight must be on {hidden.device}, as hidden is; got {weight.device}")
+    if bias is not None:
+        check_float("bias", bias)
+        if bias.shape != weight.shape[:1] or bias.device != weight.device:
+            raise ValueError(
+                f"bias must be ({weight.shape[0]},) on {weight.device}; got {tuple(bias.shape)} on {bias.device}"
+            )
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden and weight must have one dtype outside autocast; got {hidden.dtype} and {weight.dtype}"
+        )
+    return hidden.dtype
+
+
+def check_budget(budget: int | None) -> None:
+    if budget is not None and (type(budget) is not int or budget < 0):
+        raise ValueError(f"budget must be a whole number of bytes; got {budget!r}")
 
 
 def _rows(name: str, value: torch.Tensor, target: torch.Tensor, *, any_device: bool = False) -> torch.Tensor:
@@ -51,8 +91,11 @@ def prepare(
     objective, rows_shape: torch.Size, vocabulary: int, device: torch.device, target, *, ids, sequences, token_weight,
     teacher, reduction, num_items, scale, softcap, temperature, metrics, ignore_index,
 ) -> Common:  # fmt: skip
-    """Validate and flatten; raises ValueError or TypeError that names the argument and what it got."""
-    if not isinstance(objective, Objective):
+    """Validate and flatten; raises ValueError or TypeError that names the argument and what it got.
+
+    ``objective`` is one, or an ``Asked`` of what a call without one reads.
+    """
+    if not isinstance(objective, (Objective, Asked)):
         raise TypeError(
             f"objective must be a burnish.Objective (burnish.objectives.nll(), ...); got {type(objective).__name__}"
         )

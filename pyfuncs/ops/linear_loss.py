@@ -1,39 +1,44 @@
 """``linear_loss``: any token objective fused with the LM head, logits never whole.
 
-Token-outer order: for a chunk of tokens, logits -> fold -> objective -> gradient in place -> dX of the
-chunk, dW += .  Three GEMMs, gradients made in forward, exact for one upstream scalar (``mean``, ``sum``);
-``reduction="none"`` folds in forward and recomputes the logits in backward (four GEMMs), exact for any
-upstream gradient.
+Token-outer order (``plan="tokens"``): for a chunk of tokens, logits -> fold -> objective -> gradient in place -> dX of
+the chunk, dW += .  Three GEMMs, gradients made in forward, exact for one upstream scalar (``mean``, ``sum``).
+Vocabulary-outer order (``plan="vocab"``): the objective's lines on ``linear_stats``, four GEMMs, exact for any upstream
+gradient; for ``reduction="none"`` and for heads in parts.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
 
 from ..kernels import dispatch
-from ..kernels.contract import COEF, scale_coefficients
-from ..objectives.base import LIVE
-from . import geometry
+from . import geometry, shards
 from .core import (
+    METRICS,
     Rows,
     Task,
     Transforms,
     check_labels,
+    couple,
     dense_teacher,
     evaluate,
     make_rows,
+    metric,
     refuse_second_derivative,
     registered,
+    view,
     without_autocast,
     write_grad,
 )
 from .gemm import Head, accumulator, teacher_head
-from .inputs import check_float, prepare, unpack
-from .row_loss import couple_rows, reads_ids, reduce
+from .inputs import Common, check_budget, check_operands, prepare, unpack
+from .linear_stats import Given, Weight, differentiable_stats, resolve, rows_of
+from .row_loss import couple_rows, reduce
 from .teacher import Teacher, cut
 
-PLANS = ("auto", "tokens")
+PLANS = ("auto", "tokens", "vocab")
 HIDDEN_GRAD, WEIGHT_GRAD, BIAS_GRAD = 1, 2, 4
 #: Bytes of a gradient that are scaled and rounded at once.
 _CAST_BYTES = 4 << 20
@@ -44,17 +49,19 @@ _BOUNDED_ON = dispatch.GPU_DEVICES
 
 
 def linear_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, objective, *, bias: Tensor | None = None,
+    hidden: Tensor, weight: Weight, target: Tensor, objective, *, bias: Tensor | None = None,
     token_weight: Tensor | None = None, teacher: Teacher | None = None, ids: Tensor | None = None,
     sequences: Tensor | None = None, reduction: str = "mean", num_items=None, num_valid: int | str | None = None,
     ignore_index: int = -100, scale: float = 1.0, softcap: float | None = None, temperature=1.0,
-    metrics: tuple[str, ...] = (), plan: str = "auto", budget: int | None = None, backend: str = "auto",
+    metrics: tuple[str, ...] = (), plan: str = "auto", budget: int | None = None, backend: str = "auto", sink=None,
+    group=None,
 ):  # fmt: skip
     r"""A token objective on softmax(hidden W^T + bias), fused with the projection.
 
     Args:
         hidden: (N, H) or (B, T, H), not shifted: row i is scored against target i.
-        weight: (V, H), the LM head; the tied embedding itself may be given.
+        weight: (V, H), the LM head; the tied embedding itself may be given.  Or row blocks, a ``LoRAHead``, rows
+            sharded over ``group``, a DTensor: the forms of ``linear_stats``.
         target: (N,) or (B, T) int64; ``ignore_index`` rows count nowhere.  A label outside the
             vocabulary is a ValueError on the CPU and a NaN loss elsewhere.  May lie on the CPU while hidden
             is on a GPU: the rows that count are then known without a device sync.
@@ -75,10 +82,12 @@ def linear_loss(
         scale, softcap, temperature: z = softcap tanh(scale z / softcap) / temperature; temperature is a
             number, a 0-dim tensor, or one a token.
         metrics: per-token diagnostics to return: nll, logp, entropy, hit, lse, square, top_entropy.
-        plan: "tokens"; "auto" chooses.
+        plan: "tokens" (three GEMMs; a mean or a sum over a head that is one tensor) or "vocab" (four; everything, and
+            the gradients of any upstream); "auto" takes "tokens" where it can be.
         budget: bytes of scratch beside inputs, outputs and gradients; fixes the chunk size.  Default:
-            what 256 tokens need on a CPU, 1024 elsewhere.
+            what 256 tokens need on a CPU, 1024 elsewhere; in the vocabulary-outer order, a slab's tile.
         backend: "auto" (the tensors' device), "triton", "host" (C++ on the CPU) or "torch".
+        sink, group: as in ``linear_stats``; they ask for the vocabulary-outer order.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs), 0-dim or of target's shape; with ``metrics`` a pair
@@ -89,35 +98,12 @@ def linear_loss(
     once, after the upstream gradient has multiplied it.  Under autocast products on a GPU take its dtype (elsewhere
     they stay exact), and dW keeps the weight's.  A second derivative is refused.
 
-    Memory beside inputs, outputs and gradients: at most ``budget``.  FLOPs: 6 N V H (+ 2 N V H_t).
+    Memory beside inputs, outputs and gradients: at most ``budget``.  FLOPs: 6 N V H (+ 2 N V H_t); 8 N V H
+    (+ 4 N V H_t) in the vocabulary-outer order.
     """
-    check_float("hidden", hidden)
-    check_float("weight", weight)
-    if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden (..., H) and weight (V, H) must agree on H; got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if weight.device != hidden.device:
-        raise ValueError(f"weight must be on {hidden.device}, as hidden is; got {weight.device}")
-    if bias is not None:
-        check_float("bias", bias)
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
-        raise ValueError(
-            f"bias must be ({weight.shape[0]},) on {weight.device}; got {tuple(bias.shape)} on {bias.device}"
-        )
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(PLANS)}; got {plan!r}")
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
-        compute = torch.get_autocast_dtype(device)
-    elif hidden.dtype != weight.dtype:
-        raise TypeError(
-            f"hidden and weight must have one dtype outside autocast; got {hidden.dtype} and {weight.dtype}"
-        )
-    else:
-        compute = hidden.dtype
-    if budget is not None and (type(budget) is not int or budget < 0):
-        raise ValueError(f"budget must be a whole number of bytes; got {budget!r}")
+    check_budget(budget)
     if num_valid is None:
         valid = _UNKNOWN
     elif num_valid == "sync":
@@ -126,11 +112,27 @@ def linear_loss(
         valid = min(num_valid, target.numel())
     else:
         raise ValueError(f"num_valid must be a number of rows, 'sync' or None; got {num_valid!r}")
-    c = prepare(
-        objective, hidden.shape[:-1], weight.shape[0], hidden.device, target, ids=ids, sequences=sequences,
-        token_weight=token_weight, teacher=teacher, reduction=reduction, num_items=num_items, scale=scale,
-        softcap=softcap, temperature=temperature, metrics=metrics, ignore_index=ignore_index,
-    )  # fmt: skip
+    options = {
+        "ids": ids, "sequences": sequences, "token_weight": token_weight, "reduction": reduction,
+        "num_items": num_items, "scale": scale, "softcap": softcap, "temperature": temperature, "metrics": metrics,
+        "ignore_index": ignore_index,
+    }  # fmt: skip
+    parts = not isinstance(weight, Tensor) or shards.is_dtensor(weight) or sink is not None or group is not None
+    if plan == "vocab" or parts or reduction == "none":
+        if plan == "tokens":
+            raise ValueError(
+                "plan='tokens' makes its gradients in forward: it takes a head that is one tensor and reduction "
+                f"'mean' or 'sum', no sink and no group; got reduction={reduction!r}"
+            )
+        given = resolve(hidden, weight, bias, teacher, group, sink)
+        c = prepare(
+            objective, hidden.shape[:-1], given.head.rows, hidden.device, target, teacher=given.teacher, **options
+        )
+        loss, table = _vocabulary_outer(given, c, objective, reduction, ignore_index, valid, budget, backend)
+        return unpack(loss, table, target.shape, reduction, c.metrics)
+    assert isinstance(weight, Tensor)
+    compute = check_operands(hidden, weight, bias)
+    c = prepare(objective, hidden.shape[:-1], weight.shape[0], hidden.device, target, teacher=teacher, **options)
     needs = 0
     if torch.is_grad_enabled():
         needs |= HIDDEN_GRAD if hidden.requires_grad else 0
@@ -151,13 +153,58 @@ def linear_loss(
     return unpack(loss, table, target.shape, reduction, c.metrics)
 
 
+def _vocabulary_outer(
+    given: Given, c: Common, objective, reduction: str, ignore_index: int, num_valid: int, budget: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss and metrics (M, N): the objective's own lines on differentiable statistics."""
+    every = rows = rows_of(c, given, objective.temperature, ignore_index)
+    device, n = given.hidden.device, given.hidden.shape[0]
+    index = real = None
+    if not torch.compiler.is_compiling():  # a traced graph has the shapes of all rows
+        index = _kept(c.target, c.token_weight, ignore_index, num_valid, device)
+    if index is not None:
+        rows, real = _take_rows(every, index, c.target, num_valid)
+        low = None if given.low is None else given.low.index_select(0, index)
+        given = dataclasses.replace(given, hidden=given.hidden.index_select(0, index), low=low)
+        teacher = [
+            x if c.teacher_kind == "hidden" and i > 0 else x.index_select(0, index) for i, x in enumerate(c.teacher)
+        ]
+        c = dataclasses.replace(c, target=torch.where(rows.valid, rows.target, ignore_index), ids=rows.ids,
+                                teacher=teacher)  # fmt: skip
+    names = [n for n in c.metrics.split(",") if n]
+    stats = dict.fromkeys((*objective.stats, *objective.couple_stats, *(s for n in names for s in METRICS[n])))
+    values = differentiable_stats(
+        given, c, rows, tuple(stats), alpha=objective.alpha, eta=objective.eta, beta=objective.beta,
+        top_k=objective.top_k, tau=objective.temperature, budget=budget, backend=backend, ignore_index=ignore_index,
+        live=rows.factor != 0,
+    )  # fmt: skip
+    factor = rows.factor
+    table = factor.new_empty(0, factor.shape[0])
+    if names:
+        shown = torch.stack([metric(name, values).detach() for name in names])
+        table = torch.where(factor != 0, shown, 0.0)
+    if objective.couple is not None:
+        constant = {k: values[k].detach() for k in (*objective.couple_stats, "lse", "z_max", "z_log")}
+        rows.weight = couple(objective, constant, rows, factor.dtype)
+    # copies: an objective's lines may write in place
+    visible = {k: values[k].clone() for k in (*objective.stats, "lse", "z_max", "z_log")}
+    if "supported" in values:
+        factor = torch.where(values["supported"] > 0, factor, 0.0)
+    losses = torch.where(factor != 0, objective(view(visible, rows)) * factor, 0.0)
+    loss, _ = reduce(losses, every, reduction, c.denominator)
+    if reduction == "none":
+        loss = _spread(loss, index, real, n)
+    return loss, _spread(table, index, real, n)
+
+
 class _Pass:
     """One walk over the chunks of the rows that count: buffers, tiles and gradient accumulators."""
 
     def __init__(
         self, hidden, weight, bias, target, token_weight, temperature, ids, sequence, teacher, objective, teacher_kind,
         tail, transforms: Transforms, flat_temperature, ignore_index, num_valid, budget, needs, compute_dtype, metrics,
-        backend, recompute: bool,
+        backend,
     ):  # fmt: skip
         device = hidden.device
         self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
@@ -173,20 +220,12 @@ class _Pass:
             for x in (target, token_weight, temperature, sequence)
         ]
         rows = make_rows(
-            task, moved[0], moved[1], ignore_index, moved[2], flat_temperature, transforms.teacher_temperature, ids,
-            moved[3],
+            task.dtype, task.objective.temperature, moved[0], moved[1], ignore_index, moved[2], flat_temperature,
+            transforms.teacher_temperature, ids, moved[3],
         )  # fmt: skip
         self.all_rows = rows
-        if self.index is not None:
-            kept = self.index
-            rows = rows.at(kept)
-            if num_valid >= 0 and target.device.type in _BOUNDED_ON:
-                # a bound, not a count: the places it overshoots repeat row 0 with weight 0
-                real = torch.arange(len(kept), device=device) < (self.all_rows.factor != 0).sum()
-                rows.factor, rows.valid = rows.factor * real, rows.valid & real
-                self.real = real
-        self.rows = rows
-        self.count = rows.target.shape[0]
+        self.rows, self.real = _take_rows(rows, self.index, target, num_valid)
+        self.count = self.rows.target.shape[0]
         self.head = Head(weight, bias, compute_dtype, task.dtype)
         self.teacher_head = teacher_head(teacher, task.dtype) if teacher_kind == "hidden" else None
         self.geometry = geometry.chunks(
@@ -195,7 +234,7 @@ class _Pass:
             compute_dtype=compute_dtype, device=device, teacher=teacher_kind, weight_grad=bool(needs & WEIGHT_GRAD),
             bias_grad=bool(needs & BIAS_GRAD), backend=dispatch.resolve(backend, device),
             budget=None if budget < 0 else budget,
-            hidden_grad=bool(needs & HIDDEN_GRAD), recompute=recompute,
+            hidden_grad=bool(needs & HIDDEN_GRAD),
             ids=(teacher[0].shape[1] if teacher_kind == "topk" else 0) + (0 if ids is None else ids.shape[1]),
             teacher_itemsize=teacher[0].element_size() if teacher_kind == "logits" else 4,
         )  # fmt: skip
@@ -206,8 +245,6 @@ class _Pass:
             self.out = torch.empty(self.tile.shape, dtype=self.head.operand, device=device)
         # with a teacher's head or list its logits need a tile of their own
         self.teacher_tile = self.tile.new_empty(self.tile.shape if teacher_kind in ("hidden", "topk") else (0,))
-
-    real: Tensor | None = None
 
     def chunks(self):
         for start in range(0, self.count, max(1, self.geometry.rows)):
@@ -263,14 +300,29 @@ class _Pass:
         if self.needs & BIAS_GRAD:
             self.db += dz.sum(0, dtype=self.db.dtype)
 
-    def spread(self, values: Tensor) -> Tensor:
-        """(..., kept rows) -> (..., N), zeros elsewhere."""
-        if self.index is None:
-            return values
-        if self.real is not None:
-            values = torch.where(self.real, values, 0.0)
-        out = values.new_zeros(*values.shape[:-1], self.hidden.shape[0])
-        return out.index_add_(-1, self.index, values)
+
+def _take_rows(rows: Rows, index: Tensor | None, target: Tensor, num_valid: int) -> tuple[Rows, Tensor | None]:
+    """The rows that count, and which of them are real where ``num_valid`` is a bound, not a count.
+
+    The places it overshoots repeat row 0 with weight 0.
+    """
+    if index is None:
+        return rows, None
+    kept = rows.at(index)
+    if num_valid < 0 or target.device.type not in _BOUNDED_ON:
+        return kept, None
+    real = torch.arange(len(index), device=index.device) < (rows.factor != 0).sum()
+    kept.factor, kept.valid = kept.factor * real, kept.valid & real
+    return kept, real
+
+
+def _spread(values: Tensor, index: Tensor | None, real: Tensor | None, rows: int) -> Tensor:
+    """(..., kept rows) -> (..., N), zeros elsewhere."""
+    if index is None:
+        return values
+    if real is not None:
+        values = torch.where(real, values, 0.0)
+    return values.new_zeros(*values.shape[:-1], rows).index_add(-1, index, values)
 
 
 def _kept(target, token_weight, ignore_index, num_valid, device) -> Tensor | None:
@@ -295,8 +347,8 @@ def _forward(
     teacher_scale: float, teacher_softcap: float, teacher_temperature: float, flat_temperature: float,
     ignore_index: int, num_valid: int, budget: int, needs: int, compute_dtype: torch.dtype, reduction: str,
     metrics: str, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss, metrics (M, N), dX, dW, db, coefficients, ids_grad, 1 / count; what is not needed is empty.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss, metrics (M, N), dX, dW, db, 1 / count; what is not needed is empty.
 
     dX, dW and db are those of the *sum*, in the accumulator's dtype: the mean's denominator and the upstream
     gradient are applied together in backward, before the one rounding to the operands' dtype.  A gradient of
@@ -305,38 +357,27 @@ def _forward(
     walk = _Pass(
         hidden, weight, bias, target, token_weight, temperature, ids, sequence, teacher, objective, teacher_kind, tail,
         Transforms(scale, softcap, teacher_scale, teacher_softcap, teacher_temperature), flat_temperature,
-        ignore_index, num_valid, budget, needs, compute_dtype, metrics, backend, reduction == "none",
+        ignore_index, num_valid, budget, needs, compute_dtype, metrics, backend,
     )  # fmt: skip
     task = walk.task
-    now = bool(needs) and reduction != "none"  # gradients in this pass
     # everything the sum is divided by is known before the first chunk
     _, inverse = reduce(walk.rows.factor[:0], walk.all_rows, reduction, denominator)
     if task.objective.couple is not None:
         walk.rows.weight = couple_rows(task, (walk.project(part)[1:] for part in walk.chunks()), walk.rows)
     losses = walk.rows.factor.new_zeros(walk.count)
     table = losses.new_zeros(len(task.metrics), walk.count)
-    coefs = losses.new_zeros(len(COEF) if needs and not now else 0, walk.count)
-    width = ids.shape[1] if ids is not None and reads_ids(objective) and needs and not now else 0
-    ids_grads = losses.new_zeros(walk.count, width)
-    if now:
+    if needs:
         walk.start_gradients()
     for part in walk.chunks():
         x, tile, t, rows = walk.project(part)
         losses[part], table[:, part], coef, ids_grad = evaluate(task, tile, t, rows, gradients=bool(needs))
-        if now:
+        if needs:
             walk.accumulate(part, x, tile, t, rows, coef, ids_grad)
-        elif needs:
-            coefs[:, part] = coef
-            if ids_grad is not None:
-                ids_grads[part] = ids_grad
     total = losses.sum()
-    loss = walk.spread(losses) if reduction == "none" else total if inverse is None else total * inverse
-    if reduction == "none" and walk.index is None:
-        loss = loss.clone()
-    grads = (walk.dx, walk.dw, walk.db) if now else tuple(losses.new_empty(0) for _ in range(3))
+    loss = total if inverse is None else total * inverse
+    grads = (walk.dx, walk.dw, walk.db) if needs else tuple(losses.new_empty(0) for _ in range(3))
     inverse = losses.new_ones(()) if inverse is None else inverse
-    ids_full = walk.spread(ids_grads.t()).t().contiguous() if width else losses.new_empty(0, 0)
-    return loss, walk.spread(table), *grads, walk.spread(coefs), ids_full, inverse
+    return loss, _spread(table, walk.index, walk.real, hidden.shape[0]), *grads, inverse
 
 
 _linear_loss = registered("burnish::linear_loss", _forward)
@@ -348,58 +389,11 @@ def _(hidden, weight, bias, target, token_weight, temperature, denominator, ids,
       ignore_index, num_valid, budget, needs, compute_dtype, reduction, metrics, backend):  # fmt: skip
     n, dtype = hidden.shape[0], accumulator(compute_dtype)
     count = len([m for m in metrics.split(",") if m])
-    now, later = bool(needs) and reduction != "none", bool(needs) and reduction == "none"
-    loss = hidden.new_empty((n,) if reduction == "none" else (), dtype=dtype)
-    dx = hidden.new_empty(hidden.shape if now and needs & HIDDEN_GRAD else (0,), dtype=dtype)
-    dw = weight.new_empty(weight.shape if now and needs & WEIGHT_GRAD else (0,), dtype=dtype)
-    db = hidden.new_empty(bias.shape if now and needs & BIAS_GRAD else (0,), dtype=dtype)
-    coef = hidden.new_empty((len(COEF) if later else 0, n), dtype=dtype)
-    ids_grad = hidden.new_empty(tuple(ids.shape) if later and reads_ids(objective) else (0, 0), dtype=dtype)
+    dx = hidden.new_empty(hidden.shape if needs & HIDDEN_GRAD else (0,), dtype=dtype)
+    dw = weight.new_empty(weight.shape if needs & WEIGHT_GRAD else (0,), dtype=dtype)
+    db = hidden.new_empty(bias.shape if needs & BIAS_GRAD else (0,), dtype=dtype)
     one = hidden.new_empty((), dtype=dtype)
-    return loss, hidden.new_empty((count, n), dtype=dtype), dx, dw, db, coef, ids_grad, one
-
-
-def _recompute(
-    upstream: Tensor, coef: Tensor, ids_grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    target: Tensor, token_weight: Tensor | None, temperature: Tensor | None, ids: Tensor | None,
-    teacher: list[Tensor], objective: str, teacher_kind: str, tail: str, scale: float, softcap: float,
-    teacher_scale: float, teacher_softcap: float, teacher_temperature: float, flat_temperature: float,
-    ignore_index: int, num_valid: int, budget: int, needs: int, compute_dtype: torch.dtype, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dX, dW, db for one upstream gradient a row, logits recomputed chunk by chunk."""
-    walk = _Pass(
-        hidden, weight, bias, target, token_weight, temperature, ids, None, teacher, objective, teacher_kind, tail,
-        Transforms(scale, softcap, teacher_scale, teacher_softcap, teacher_temperature), flat_temperature,
-        ignore_index, num_valid, budget, needs, compute_dtype, "", backend, True,
-    )  # fmt: skip
-    walk.start_gradients()
-    # a narrow dz must not carry the size of the upstream gradient, 1 / N or a loss scale: it is brought to 1 first
-    norm = None
-    if walk.head.mode == "mixed" and upstream.numel():
-        norm = upstream.abs().amax().to(coef.dtype).clamp(min=torch.finfo(torch.float32).tiny)
-    for part in walk.chunks():
-        x, tile, t, rows = walk.project(part)
-        factor = walk._take(upstream, part).to(coef.dtype)
-        factor = factor if norm is None else factor / norm
-        c = scale_coefficients(coef[:, part] if walk.index is None else coef[:, walk.index[part]], factor)
-        g = walk._take(ids_grad, part) * factor[:, None] if ids_grad.numel() else None
-        walk.accumulate(part, x, tile, t, rows, c, g)
-    norm = upstream.new_ones(()) if norm is None else norm
-    kinds = (hidden.dtype, weight.dtype, walk.db.dtype if bias is None else bias.dtype)
-    dx, dw, db = (_scaled(g, norm, kind, own=True) for g, kind in zip((walk.dx, walk.dw, walk.db), kinds, strict=True))
-    return dx, dw, db
-
-
-_linear_loss_backward = torch.library.custom_op("burnish::linear_loss_backward", _recompute, mutates_args=())
-
-
-@_linear_loss_backward.register_fake
-def _(upstream, coef, ids_grad, hidden, weight, bias, *rest):
-    needs = rest[-3]
-    dx = hidden.new_empty(hidden.shape if needs & HIDDEN_GRAD else (0,))
-    dw = weight.new_empty(weight.shape if needs & WEIGHT_GRAD else (0,))
-    db = coef.new_empty((0,)) if bias is None else bias.new_empty(bias.shape if needs & BIAS_GRAD else (0,))
-    return dx, dw, db
+    return one, hidden.new_empty((count, n), dtype=dtype), dx, dw, db, hidden.new_empty((), dtype=dtype)
 
 
 def _scaled(g: Tensor, factor: Tensor, dtype: torch.dtype, *, own: bool) -> Tensor:
@@ -417,18 +411,14 @@ def _scaled(g: Tensor, factor: Tensor, dtype: torch.dtype, *, own: bool) -> Tens
 
 
 def _keep(ctx, inputs, output):
-    hidden, weight, bias, target, token_weight, temperature, _, ids, _, teacher, *options = inputs
-    loss, table, dx, dw, db, coef, ids_grad, inverse = output
+    hidden, weight, bias, *_ = inputs
+    _, table, dx, dw, db, inverse = output
     ctx.set_materialize_grads(False)
-    ctx.objective = LIVE.get(options[0])  # backward finds it by key: keep it alive
-    ctx.mark_non_differentiable(table, dx, dw, db, coef, ids_grad, inverse)
-    ctx.options, ctx.inputs, ctx.per_row = options, len(inputs), loss.ndim == 1
+    ctx.mark_non_differentiable(table, dx, dw, db, inverse)
+    ctx.needs = inputs[22]
+    ctx.inputs, ctx.teachers = len(inputs), len(inputs[9])
     ctx.kinds = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-    if ctx.per_row:
-        ctx.save_for_backward(hidden, weight, bias, target, token_weight, temperature, ids, coef, ids_grad, *teacher)
-    else:
-        ctx.save_for_backward(dx, dw, db, inverse)
-    ctx.teachers = len(teacher)
+    ctx.save_for_backward(dx, dw, db, inverse)
 
 
 def _backward(ctx, upstream, *_, eager: bool = False):
@@ -436,23 +426,12 @@ def _backward(ctx, upstream, *_, eager: bool = False):
     rest[6] = [None] * ctx.teachers
     if upstream is None:
         return None, None, None, *rest
-    (key, kind, tail, scale, softcap, t_scale, t_softcap, t_temp, flat, ignore_index, num_valid, budget, needs,
-     compute, _, _, backend) = ctx.options  # fmt: skip
-    wanted = (HIDDEN_GRAD, WEIGHT_GRAD, BIAS_GRAD)
-    if ctx.per_row:
-        hidden, weight, bias, target, token_weight, temperature, ids, coef, ids_grad, *teacher = ctx.saved_tensors
-        grads = (_recompute if eager else _linear_loss_backward)(
-            upstream, coef, ids_grad, hidden, weight, bias, target, token_weight, temperature, ids, teacher, key, kind,
-            tail, scale, softcap, t_scale, t_softcap, t_temp, flat, ignore_index, num_valid, budget, needs, compute,
-            backend,
-        )  # fmt: skip
-        return *(g if needs & bit else None for g, bit in zip(grads, wanted, strict=True)), *rest
     *sums, inverse = ctx.saved_tensors
     own = eager and _owns_what_it_saved(ctx, upstream)
     factor = upstream * inverse
     grads = tuple(
-        _scaled(g, factor, dtype, own=own) if needs & bit else None
-        for g, dtype, bit in zip(sums, ctx.kinds, wanted, strict=True)
+        _scaled(g, factor, dtype, own=own) if ctx.needs & bit else None
+        for g, dtype, bit in zip(sums, ctx.kinds, (HIDDEN_GRAD, WEIGHT_GRAD, BIAS_GRAD), strict=True)
     )
     return *grads, *rest
 

@@ -77,7 +77,8 @@ def _setup(
     check_labels(target, logits.shape[1], ignore_index, ids)
     device = logits.device
     rows = make_rows(
-        task, target.to(device), None if token_weight is None else token_weight.to(device), ignore_index,
+        task.dtype, task.objective.temperature, target.to(device),
+        None if token_weight is None else token_weight.to(device), ignore_index,
         None if temperature is None else temperature.to(device), flat_temperature, teacher_temperature, ids,
         None if sequence is None else sequence.to(device),
     )  # fmt: skip
@@ -150,7 +151,7 @@ def couple_rows(task: Task, tiles, rows: Rows) -> Tensor:
     if not parts:  # no row counts
         return torch.zeros_like(rows.factor)
     stats = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-    return couple(task, stats, rows)
+    return couple(task.objective, stats, rows, task.dtype)
 
 
 def reduce(losses: Tensor, rows: Rows, reduction: str, denominator: Tensor | None) -> tuple[Tensor, Tensor | None]:

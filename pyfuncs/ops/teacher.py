@@ -96,7 +96,7 @@ class Teacher:
                 raise ValueError(f"teacher.{name} must be on {device}; got {value.device}")
             value = value.detach()
             if name not in ("weight", "bias"):
-                value = value.reshape(-1, value.shape[-1])
+                value = value.flatten(0, -2)  # the vocabulary may be empty here: no -1
                 if value.shape[0] != rows:
                     raise ValueError(f"teacher.{name} must have {rows} rows, one a label; got {value.shape[0]}")
             out.append(value)
@@ -134,13 +134,14 @@ def cut(teacher: list[torch.Tensor], kind: str, vocabulary: int) -> list[torch.T
     return [teacher[0], *(x[:vocabulary] for x in teacher[1:])] if kind == "hidden" else [teacher[0][:, :vocabulary]]
 
 
-def fill_topk(out, ids, logp, tail: str, z_plain=None, lse=None, z_ids=None):
-    """Dense teacher log-probabilities (n, V) from a top-K list, written into ``out``.
+def fill_topk(out, ids, logp, tail: str, z_plain=None, lse=None, z_ids=None, *, start: int = 0, vocabulary=None):
+    """Dense teacher log-probabilities of the columns from ``start`` on, from a top-K list, into ``out`` (n, v).
 
-    For tail "student": z_plain(out) writes the student's transformed logits into ``out``, lse (n,) is
-    their log-sum-exp and z_ids (n, K) their values at ids (NaN where there is none).
+    ``vocabulary`` is V, v by default.  For tail "student": z_plain(out) writes the student's transformed logits into
+    ``out``; lse (n,) is their log-sum-exp and z_ids (n, K) their values at ids (NaN where there is none), both over
+    the whole vocabulary.
     """
-    vocabulary = out.shape[1]
+    vocabulary = out.shape[1] if vocabulary is None else vocabulary
     present = (ids >= 0) & (ids < vocabulary)
     logp = torch.where(present, logp.to(out.dtype), -torch.inf)
     rest = (1.0 - logp.exp().sum(1)).clamp(min=0.0)
@@ -154,6 +155,8 @@ def fill_topk(out, ids, logp, tail: str, z_plain=None, lse=None, z_ids=None):
         inside = torch.where(present, (z_ids - lse[:, None]).exp(), 0.0).sum(1)
         outside = (1.0 - inside).clamp(min=torch.finfo(out.dtype).tiny)
         out.add_((rest.log() - outside.log() - lse)[:, None])
+    present = present & (ids >= start) & (ids < start + out.shape[1])
+    ids = ids - start
     # an absent id scatters the value that its column 0 would have had: only present ids may write
     at = torch.where(present, ids, 0)
     keep = out[:, :1].clone()

@@ -208,6 +208,38 @@ def test_peft_student_and_its_base_as_teacher(options):
     check_gradients(student, results[0][1])
 
 
+@pytest.mark.parametrize("form", ["lora", "dora", "dropout"])
+def test_adapter_on_the_head_is_trained_as_peft_trains_it(form):
+    """Loss and gradients of the eager model, logits and all; the base gets none."""
+    batch = tiny.batch()
+    student = lora(tiny.llama(), target_modules=["lm_head", "q_proj"], use_dora=form == "dora",
+                   lora_dropout=0.3 if form == "dropout" else 0.0)  # fmt: skip
+    student.train(form == "dropout")
+    student.zero_grad()
+    labels = batch["labels"][:, 1:]
+    torch.manual_seed(0)
+    logits = student(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+    exact = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    exact.backward()
+    want = gradients(student)
+    student.zero_grad()
+    with fuse_lm_head(student, nll()):
+        loss = student(**batch).loss
+        loss.backward()
+    got = gradients(student)
+    assert any("lm_head.lora_A" in n for n in got) and any("lm_head.lora_B" in n for n in got)
+    assert (form == "dora") == any("lm_head.lora_magnitude" in n for n in got)
+    assert not any(n.endswith("base_layer.weight") for n in got)
+    if form == "dropout":  # other draws: the same in expectation only
+        assert loss != exact and got.keys() == want.keys()
+        return
+    torch.testing.assert_close(loss, exact)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    with student.disable_adapter(), fuse_lm_head(student, nll()):
+        plain = student(**batch).loss
+    assert not torch.isclose(plain, loss)
+
+
 def test_restore_leaves_the_model_as_it_was():
     model, batch = tiny.llama(), tiny.batch()
     ids = batch["input_ids"]
@@ -302,8 +334,11 @@ def test_refusals():
         fuse_lm_head(model, nll())
     handle.restore()
     assert "forward" not in model.__dict__
-    with pytest.raises(ValueError, match="adapter on lm_head"):
-        fuse_lm_head(lora(model, target_modules=["lm_head"]), nll())
+    from peft import IA3Config, get_peft_model
+
+    ia3 = get_peft_model(tiny.llama(), IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="adapter on lm_head must be LoRA or DoRA"):
+        fuse_lm_head(ia3, nll())
 
 
 def test_a_teacher_needs_ids():

@@ -101,13 +101,13 @@ def test_low_precision_beats_plain_torch(name, dtype, backend):
         assert relative(a, b) <= 1.0 * relative(p, b) + 0.5 * floor
 
 
-def _budget(leaves, extra, rows, reduction="sum", backend="auto"):
+def _budget(leaves, extra, rows, backend="auto"):
     hidden, weight = leaves[:2]
     t = extra.get("teacher")
     common = {
         "rows": hidden.shape[0], "vocabulary": weight.shape[0], "hidden": hidden.shape[1], "weight_dtype": weight.dtype,
         "compute_dtype": hidden.dtype, "device": hidden.device, "bias_grad": True, "teacher": t.kind if t else "",
-        "teacher_hidden": t.hidden.shape[1] if t and t.kind == "hidden" else 0, "recompute": reduction == "none",
+        "teacher_hidden": t.hidden.shape[1] if t and t.kind == "hidden" else 0,
         "ids": extra["ids"].shape[1] if "ids" in extra else 0, "backend": dispatch.resolve(backend, hidden.device),
     }  # fmt: skip
     g = geometry.chunks(**common)
@@ -116,13 +116,15 @@ def _budget(leaves, extra, rows, reduction="sum", backend="auto"):
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 50])
 @pytest.mark.parametrize("name", ["nll", "target_sft", "talr", "rho1", "unlikelihood"])
-def test_any_chunking_gives_the_same_result(name, rows):
+def test_any_chunking_gives_the_same_result(name, rows, monkeypatch):
     arguments = {"eta": 0.5} if name == "target_sft" else {}
     o, hidden, weight, bias, target, extra = cases.problem(name, arguments, n=23, v=41)
     loss, want = reference_grads(o, hidden, weight, bias, target, extra)
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-    for reduction in ("sum", "none"):
-        budget = _budget(leaves, extra, rows, reduction)
+    tiles = {"SLAB": 2 * rows + 1, "TILE_ROWS": 2 * rows, "PRODUCT_ROWS": rows}  # of the vocabulary-outer order
+    for constant, size in tiles.items():
+        monkeypatch.setattr(geometry, constant, {"cpu": size})
+    for reduction, budget in (("sum", _budget(leaves, extra, rows)), ("none", None)):
         got = linear_loss(*leaves[:2], target, o, bias=leaves[2], reduction=reduction, budget=budget, **extra)
         assert relative(got.sum(), loss.sum()) < 1e-13
         for a, b in zip(torch.autograd.grad(got.sum(), leaves), want, strict=True):
