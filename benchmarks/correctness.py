@@ -312,7 +312,7 @@ def all_ignored():
         yield who, run
 
 
-@check("softcap", "Liger's kernel needs libdevice's tanh, which the interpreter has not")
+@check("softcap", "a limit of tests: Liger's kernel needs libdevice's tanh, which the interpreter has not")
 def softcap():
     for who, loss in fused_losses(softcap=5.0):
 
@@ -328,7 +328,7 @@ def softcap():
         yield who, run
 
 
-@check("fp64 gradcheck", "kernels that cast to fp32 cannot be checked to fp64's precision")
+@check("fp64 gradcheck", "a limit of tests: code that casts to fp32 cannot be checked to fp64's precision")
 def gradcheck():
     for who, loss in fused_losses(fp64=True):
 
@@ -357,7 +357,10 @@ def accumulated_weight_gradient():
         yield who, run
 
 
-@check("compiled, with ignored rows: the same loss", "Liger#1338, a wrong loss without a warning")
+@check(
+    "compiled, with ignored rows: the same loss",
+    "Liger#1338, a wrong loss on GPUs, which the interpreter cannot show: it does not compile",
+)
 def compiled_ignored():
     for who, loss in fused_losses():
         if who == "cce_torch_compile":
@@ -380,7 +383,7 @@ def compiled_ignored():
         yield who, run
 
 
-@check("log-probabilities are never positive", "verl#2656: a log-sum-exp in low precision")
+@check("log-probabilities are never positive", "verl#2656: label logit and log-sum-exp of different precision")
 def positive_logp():
     def data() -> Problem:
         p = small(torch.bfloat16, n=64, h=16, v=128, scale=1.0)

@@ -45,7 +45,7 @@ SHAPES = ["1024,576,49152", "4096,576,49152", "2048,1536,151936"]
 ERROR_FLOPS = 1.2e11
 #: The one call for memory may take so many times the cap, where that lets it have all rows.
 MEMORY_CAPS = 3
-FIRST_PROBE = 64
+FIRST_PROBE = 32
 
 
 class Device:
@@ -144,18 +144,25 @@ def power_of_two(rows: float) -> int:
 
 
 def affordable(call_at: Callable[[int], Callable[[], object]], n: int, cap: float, device: Device) -> tuple[int, float]:
-    """Rows that take at most ``cap`` seconds a call, all n or a power of two, and the seconds a row.
+    """Rows that take at most ``cap`` seconds a call, all n or a power of two, and the seconds that all would take.
 
-    Probes grow only while they stay cheap: with few rows every product is slower than it will be.
+    A call costs a constant (dW is written however few rows there are) and so much a row, read off the last two probes;
+    probes grow only while they stay cheap, since with few rows every product is slower a row than it will be.
     """
-    rows = min(n, FIRST_PROBE)
-    call_at(16)()
+    before, rows = min(n, 8), min(n, FIRST_PROBE)
+    call_at(before)()  # warm
+    last, seconds = device.seconds(call_at(before)), device.seconds(call_at(rows))
     while True:
-        each = device.seconds(call_at(rows)) / rows
-        if each * n <= cap or rows == n or 8 * each * rows > cap:
+        each = max(seconds - last, 0.0) / max(1, rows - before)
+        whole = seconds + each * (n - rows)
+        following = min(n, 4 * rows)
+        if rows == n or seconds + each * (following - rows) > cap / 2:
             break
-        rows = min(n, 4 * rows)
-    return (n if each * n <= cap else min(n, power_of_two(cap / each))), each
+        before, last, rows = rows, seconds, following
+        seconds = device.seconds(call_at(rows))
+    if whole <= cap:
+        return n, whole
+    return min(n, power_of_two(rows + (cap - seconds) / each if each else rows)), whole
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -182,16 +189,16 @@ class Cell:
         return step_call(self.ways[name], self.objective, part)
 
     def choose_floor(self) -> dict:
-        """In low precision: which of native and cast-up products are faster, from 128 rows."""
+        """In low precision: which of native and cast-up products are faster, from a few rows."""
         self.native = True
         if not self.low or self.device.kind == "cuda":
             return {}
-        part, speed = self.p.rows(min(self.n, 128)), {}
+        part, speed = self.p.rows(min(self.n, FIRST_PROBE)), {}
         # the cast is done once however many rows there are: left out of the probe, in the floor
         for kind in (self.p.weight.dtype, torch.float32):
             z = part.to(kind)
             call = floor_call(z, self.device.chunk, True, False, 1)
-            call()
+            floor_call(z.rows(8), self.device.chunk, True, False, 1)()  # warm
             speed[str(kind).split(".")[1]] = len(z.target) / self.device.seconds(call)
             del z
         self.native = speed[str(self.p.weight.dtype).split(".")[1]] > speed["float32"]
@@ -199,14 +206,14 @@ class Cell:
 
     def plan(self) -> dict[str, int]:
         """Rows that each way is timed at."""
-        cap, rows, self.each = self.options.cap, {}, {}
+        cap, rows, self.whole = self.options.cap, {}, {}
         memory = self.device.free_bytes() / 2
         for name, way in self.ways.items():
-            if way.proxy in self.each:
-                rows[name], self.each[name] = rows[way.proxy], self.each[way.proxy]
+            if way.proxy in self.whole:
+                rows[name], self.whole[name] = rows[way.proxy], self.whole[way.proxy]
                 continue
             try:
-                rows[name], self.each[name] = affordable(lambda r, n=name: self.call(n, r), self.n, cap, self.device)
+                rows[name], self.whole[name] = affordable(lambda r, n=name: self.call(n, r), self.n, cap, self.device)
             except Exception as error:  # a peer that cannot do this is a result, not the end of the run
                 self.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 continue
@@ -230,7 +237,7 @@ class Cell:
     def memory(self, name: str, rows: int) -> dict:
         way = self.ways[name]
         fits = way.bounded or 40 * self.n * self.v < self.device.free_bytes() / 2
-        if fits and self.each[name] * self.n <= MEMORY_CAPS * self.options.cap:
+        if fits and self.whole[name] <= MEMORY_CAPS * self.options.cap:
             rows = self.n
         call = self.call(name, rows)
         if way.proxy:  # compiling is not running
