@@ -23,7 +23,8 @@ test: $(VENV)/.installed  ## every test; on a machine without a GPU kernels run 
 	$(BIN)/python -m pytest -q --durations=10
 
 bench: $(VENV)/.installed  ## measured on this machine, results in benchmarks/results
-	$(BIN)/python benchmarks/linear_loss.py
+	$(BIN)/python benchmarks/linear_loss.py --quick
+	$(BIN)/python benchmarks/correctness.py
 	$(BIN)/python benchmarks/rows.py
 	$(BIN)/python benchmarks/static.py
 	$(BIN)/python benchmarks/ledger.py

@@ -188,7 +188,127 @@ def ledger() -> str:
     return "\n".join(lines + _table(header, rows))
 
 
+NOT_YET = "Not measured yet."
+#: Columns of the side-by-side table: name, and the ways of benchmarks/peers.py whose fastest is shown.
+COLUMNS = {
+    "burnish": ("burnish_host", "burnish_triton"),
+    "burnish, `vocab`": ("burnish_host_vocab", "burnish_triton_vocab"),
+    "torch": ("torch", "torch_upcast", "torch_lce"),
+    "torch.compile": ("torch_compile", "torch_compile_upcast"),
+    "torch core, chunked": ("torch_lce_chunked",),
+    "CCE": ("cce_torch_compile", "cce_cce"),
+    "TRL": ("trl",),
+    "Liger": ("liger_chunked", "liger_chunked_eager", "liger_scaled", "liger_triton"),
+}
+
+
+def _libraries(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("burnish", "python"))
+
+
+def _way_cell(cell: dict, names: tuple[str, ...]) -> str:
+    rows = [r for r in cell["rows"] if r["way"] in names and "dx_error" in r]
+    if not rows:
+        return ""
+    r = min(rows, key=lambda r: (-r["rows"], r["of_floor"]))
+    extra = f", {r['extra_bytes'] / 2**20:.0f} MiB" if r.get("extra_bytes") is not None else ""
+    fewer = f" [{r['rows']}]" if r["rows"] < cell["n"] else ""
+    memory = f" [{r['memory_rows']}]" if extra and r["memory_rows"] < cell["n"] else ""
+    return f"{r['of_floor']:.2f}{fewer}{extra}{memory}, {max(r['dx_error'], r['dw_error']):.0e}"
+
+
+def linear_loss_cpu() -> str:
+    file = RESULTS / "linear_loss_cpu.json"
+    if not file.exists():
+        return NOT_YET
+    r = json.loads(file.read_text())
+    lines = [
+        f"CPU ({r['capability']}), {r['threads']} threads, {_libraries(r['versions'])} "
+        "(`benchmarks/results/linear_loss_cpu.json`; `benchmarks/linear_loss.py` says how). A cell: median time over "
+        "the bare GEMMs of the same order, extra peak memory of the process, larger relative error of dX and dW "
+        "against fp64. [n]: at n rows, where all would take too long. Of several forms of a column, the fastest.",
+    ]
+    used = [name for name, ways in COLUMNS.items() if any(_way_cell(cell, ways) for cell in r["cells"])]
+    for shape in dict.fromkeys((c["n"], c["h"], c["v"]) for c in r["cells"]):
+        lines += ["", f"N, H, V = {', '.join(map(str, shape))}:", ""]
+        lines += ["| | GEMMs | " + " | ".join(used) + " |", "|---|---|" + "---|" * len(used)]
+        for cell in r["cells"]:
+            if (cell["n"], cell["h"], cell["v"]) != shape:
+                continue
+            bare = next(x for x in cell["rows"] if x["way"] == "floor")
+            fewer = f" [{bare['rows']}]" if bare["rows"] < cell["n"] else ""
+            cells = [_way_cell(cell, COLUMNS[name]) for name in used]
+            head = f"{cell['objective']}, {cell['dtype']} | {bare['median']:.2f} s{fewer}"
+            lines.append(f"| {head} | " + " | ".join(cells) + " |")
+    every = [(cell, t) for cell in r["cells"] for t in cell["targets"]]
+    lines += ["", f"Targets: {sum(t['met'] for _, t in every)} of {len(every)} met."]
+    missed = [(cell, t) for cell, t in every if not t["met"]]
+    if missed:
+        lines += ["", "| missed | N, H, V | figure | limit | against |", "|---|---|---|---|---|"]
+        for cell, t in missed:
+            where = f"{cell['n']}, {cell['h']}, {cell['v']}"
+            what = f"{cell['objective']}, {cell['dtype']}: {t['target']}"
+            lines.append(f"| {what} | {where} | {t['figure']:.2f} | {t['limit']:g} | {t['against']} |")
+    return "\n".join(lines)
+
+
+def correctness() -> str:
+    file = RESULTS / "correctness.json"
+    if not file.exists():
+        return NOT_YET
+    r = json.loads(file.read_text())
+    shapes = r["shapes"]
+    rows = [x for x in r["errors"] if "arguments" not in x]  # all ways on one problem
+    ways = list(dict.fromkeys(x["way"] for x in rows if not x["interpreter"]))
+    lines = [
+        f"{_libraries(r['versions'])}; CPU (`benchmarks/results/correctness.json`). Relative error against fp64 of the "
+        f"same operands, dX / dW; N, H, V = {', '.join(map(str, shapes['plain']))}:",
+        "",
+        "| | " + " | ".join(ways) + " |",
+        "|---|" + "---|" * len(ways),
+    ]
+    for objective, dtype in dict.fromkeys((x["objective"], x["dtype"]) for x in rows):
+        cells = []
+        for way in ways:
+            found = [
+                x
+                for x in rows
+                if (x["objective"], x["dtype"], x["way"], x["interpreter"]) == (objective, dtype, way, False)
+            ]
+            cells.append("" if not found else found[0].get("failed") or f"{found[0]['dx']:.0e} / {found[0]['dw']:.0e}")
+        lines.append(f"| {objective}, {dtype} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "The largest ratio of burnish's error to that of plain torch in the same dtype, over all registered "
+        f"objectives (Triton in the interpreter, at {', '.join(map(str, shapes['interpreter']))}):",
+        "",
+        "| backend, dtype | loss | dX | dW |",
+        "|---|---|---|---|",
+    ]
+    for w in r["worst_ratio_to_torch"]:
+        cells = [f"{w[k]:.2f} ({w[k + '_objective']})" for k in ("loss", "dx", "dw")]
+        lines.append(f"| {w['way'].removeprefix('burnish_')}, {w['dtype']} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Defects that were reported of libraries of this kind, run live; Liger's Triton kernels in the interpreter. "
+        "What is not named passes.",
+        "",
+        "| check | burnish | does not pass |",
+        "|---|---|---|",
+    ]
+    for check in r["checks"]:
+        ours = [x for x in check["results"] if x["who"].startswith("burnish")]
+        others = [x for x in check["results"] if not x["who"].startswith("burnish") and not x["passes"]]
+        text = "; ".join(f"{x['who']}: {x['result']}" for x in others).replace("|", "\\|")
+        lines.append(
+            f"| {check['title']} ({check['source']}) | {sum(x['passes'] for x in ours)} of {len(ours)} pass | {text} |"
+        )
+    return "\n".join(lines)
+
+
 PARTS = {
+    "linear_loss_cpu": ("docs/linear_loss.md", linear_loss_cpu),
+    "correctness": ("docs/linear_loss.md", correctness),
     "static": ("docs/kernels.md", static),
     "static peers": ("docs/kernels.md", static_peers),
     "ledger": ("docs/kernels.md", ledger),
