@@ -22,7 +22,11 @@ demo: $(VENV)/.installed  ## fine-tune SmolLM2-135M twice and compare (about ten
 test: $(VENV)/.installed  ## every test; on a machine without a GPU kernels run in Triton's interpreter
 	$(BIN)/python -m pytest -q --durations=10
 
-bench: $(VENV)/.installed  ## measured on this machine, results in benchmarks/results
+$(VENV)/.peers: $(VENV)/.installed  # the libraries that benchmarks stand beside; nothing needs them
+	$(BIN)/pip install --quiet --no-deps liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+	touch $@
+
+bench: $(VENV)/.peers  ## measured on this machine, results in benchmarks/results
 	$(BIN)/python benchmarks/linear_loss.py --quick
 	$(BIN)/python benchmarks/correctness.py
 	$(BIN)/python benchmarks/rows.py
@@ -30,7 +34,7 @@ bench: $(VENV)/.installed  ## measured on this machine, results in benchmarks/re
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/docs.py
 
-gpu: $(VENV)/.installed  ## the tests and timings on a GPU; results named by device and versions
+gpu: $(VENV)/.peers  ## the tests and timings on a GPU; results named by device and versions
 	$(BIN)/python -m pytest -q tests/kernels tests/ops tests/objectives
 	$(BIN)/python benchmarks/linear_loss.py --device cuda
 
