@@ -26,6 +26,11 @@ class Geometry:
     budget: int
 
 
+def whole_columns(vocabulary: int) -> int:
+    """Columns of a tile for this vocabulary: the next multiple of 16."""
+    return -(-vocabulary // 16) * 16
+
+
 def chunks(
     *, rows: int, vocabulary: int, hidden: int, teacher_hidden: int = 0, weight_dtype: torch.dtype,
     compute_dtype: torch.dtype, device: torch.device, teacher: str = "", weight_grad: bool = True,
@@ -43,11 +48,12 @@ def chunks(
     acc = gemm.accumulator(compute_dtype)
     size, low = acc.itemsize, compute_dtype.itemsize
     mode = gemm.mode(weight_dtype, compute_dtype, device, acc)
-    per_row = vocabulary * size
+    width = vocabulary if teacher == "logits" else whole_columns(vocabulary)
+    per_row = width * size
     if mode == "mixed":
-        per_row += vocabulary * low
+        per_row += width * low
     if teacher in ("hidden", "topk"):
-        per_row += vocabulary * size
+        per_row += width * size
     elif teacher == "logits":
         per_row += vocabulary * teacher_itemsize
     # hidden: gathered, cast, and its gradient; statistics: state, coefficients, leaves and their gradients

@@ -239,7 +239,16 @@ class _Pass:
             teacher_itemsize=teacher[0].element_size() if teacher_kind == "logits" else 4,
         )  # fmt: skip
         size = min(self.geometry.rows, self.count)
-        self.tile = torch.empty(size, weight.shape[0], dtype=task.dtype, device=device)
+        # columns beyond the vocabulary are masked logits: rows of whole 16s are moved 16 bytes at a time.  Not under a
+        # softcap, which makes -inf finite, nor beside logits that are given
+        self.columns = weight.shape[0]
+        plain = teacher_kind == "logits" or task.spec.softcap
+        width = self.columns if plain else geometry.whole_columns(self.columns)
+        if width > self.columns:  # no label or id may fall there
+            self.rows.target = torch.where(self.rows.target >= self.columns, -2, self.rows.target)
+            if self.rows.ids is not None:
+                self.rows.ids = torch.where(self.rows.ids >= self.columns, -1, self.rows.ids)
+        self.tile = torch.empty(size, width, dtype=task.dtype, device=device)
         self.out = self.tile
         if self.head.mode == "mixed" and needs:
             self.out = torch.empty(self.tile.shape, dtype=self.head.operand, device=device)
@@ -256,7 +265,9 @@ class _Pass:
     def project(self, part: slice):
         """x, logits and teacher logits of a chunk."""
         x = self._take(self.hidden, part).to(self.head.operand)
-        tile = self.head.project(x, self.tile[: x.shape[0]])
+        tile, columns = self.tile[: x.shape[0]], slice(0, self.columns)
+        self.head.project(x, tile[:, columns])
+        tile[:, self.columns :] = -torch.inf
         rows = self.rows.at(part)
         if not self.teacher:
             return x, tile, None, rows
@@ -264,12 +275,12 @@ class _Pass:
             t = self._take(self.teacher[0], part)
             return x, tile, t if t.stride(1) == 1 else t.contiguous(), rows
         t = self.teacher_tile[: x.shape[0]]
+        t[:, self.columns :] = 0.0
+        ours, theirs = self._take(self.teacher[0], part), t[:, columns]
         if self.teacher_head is not None:
-            self.teacher_head.project(self._take(self.teacher[0], part).to(self.teacher_head.operand), t)
+            self.teacher_head.project(ours.to(self.teacher_head.operand), theirs)
         else:
-            dense_teacher(
-                self.task, t, tile, self._take(self.teacher[0], part), self._take(self.teacher[1], part), rows
-            )
+            dense_teacher(self.task, theirs, tile[:, columns], ours, self._take(self.teacher[1], part), rows)
         return x, tile, t, rows
 
     def start_gradients(self):
@@ -287,6 +298,7 @@ class _Pass:
         """The chunk's gradients, in the accumulator's dtype."""
         dz = self.out[: x.shape[0]]
         write_grad(self.task, tile, t, dz, coef, ids_grad, rows)
+        dz = dz[:, : self.columns]
         if self.needs & HIDDEN_GRAD:
             dx = self.head.input_grad(dz)
             if self.index is None:
