@@ -26,6 +26,7 @@ bench: $(VENV)/.installed  ## measured on this machine, results in benchmarks/re
 	$(BIN)/python benchmarks/linear_loss.py
 	$(BIN)/python benchmarks/rows.py
 	$(BIN)/python benchmarks/static.py
+	$(BIN)/python benchmarks/target_sft.py
 
 gpu: $(VENV)/.installed  ## the tests and timings on a GPU; results named by device and versions
 	$(BIN)/python -m pytest -q tests/kernels tests/ops tests/objectives

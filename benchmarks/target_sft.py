@@ -44,8 +44,9 @@ at noise 0.3, and keeps the rate with the highest mean accuracy on validation pr
 all noise shares.  The same validation accuracy chooses an eta above 0.  That eta and the other methods are run at every
 noise share, the other etas at 0.3.  eta 0 has DFT's gradient: it takes DFT's rate, as a check.
 
-What pilots settled, on a seed and validation problems of their own: tasks that the strong model can learn in two minutes,
-the base model's share of the new form, and the range of rates.  Pilots ran SFT, DFT and Target-SFT at eta 0.3.
+Pilots, on a seed of their own and the validation problems, settled the tasks (what the strong model learns in two
+minutes), the base model's share of the new form, and the range of rates.  They ran SFT, DFT and Target-SFT at eta 0.3,
+and of the other methods at most one sweep run each; of test accuracies only the two pretrained models' was seen.
 
 Metrics, after the last step, on the test problems: accuracy, the share of greedy answers with full score (primary);
 mean NLL of a token of the clean demonstrations, which for palindromes cannot reach 0.
