@@ -104,7 +104,7 @@ def target_sft() -> str:
         f"Accuracy in % on {len(tasks) * settings['problems']} test problems, mean of {len(settings['seeds'])} seeds "
         f"± 95 % interval, after {settings['steps']} steps of {settings['batch_size']} rows "
         f"({r['runs'][0]['non_unique']:.0%} of them with more than one right answer). The base model has "
-        f"{pretrained['base']}, the strong one {pretrained['strong']}.",
+        f"{pretrained['base']}, the strong one {pretrained['strong']}. All of it: {r['cpu_seconds'] / 60:.0f} CPU minutes.",
         "",
         "![accuracy over eta, and over the share of wrong demonstrations](target_sft.png)",
         "",
@@ -156,6 +156,14 @@ def target_sft() -> str:
         f"{low.removeprefix('target_')} ({means[low]:.1%}); picked on the test problems, so a little flattered. "
         + (f"Below the base model end {', '.join(under)}." if under else "None ends below the base model."),
     ]  # fmt: skip
+    gains = {(n, x): 100 * summary[x][n]["mean"]["mean"] - base for x in noises for n in summary[x]}
+    most, least = max(gains, key=gains.__getitem__), min(gains, key=gains.__getitem__)
+    lines += [
+        "",
+        f"Against the base model the largest gain is {gains[most]:+.1f} points ({methods[most[0]]['label']}, "
+        f"{float(most[1]):.0%} wrong), the largest loss {gains[least]:+.1f} ({methods[least[0]]['label']}, "
+        f"{float(least[1]):.0%} wrong).",
+    ]
     edge = [r["settings"]["rates"][0], r["settings"]["rates"][-1]]
     at_edge = [f"{methods[n]['label']} ({r['sweep'][n]['rate']:g})" for n in methods if r["sweep"][n]["rate"] in edge]
     if at_edge:

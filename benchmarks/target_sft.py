@@ -510,7 +510,7 @@ def study(settings: Settings, folder: Path, workers: int, fresh: bool = False) -
     """All of it; returns what goes into the JSON file."""
     started = time.perf_counter()
     log = Log(folder, settings, fresh)
-    resumed = bool(log.runs)
+    resumed = bool(log.runs) or any(folder.glob("*.pt"))
     pool = None
     if workers > 1:
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
@@ -591,7 +591,11 @@ def plot(result: dict, file: Path) -> None:
     right.set(xlabel="wrong demonstrations, %", title=f"over the noise ({seeds} seeds, 95 %)")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    low, high = left.get_ylim()
+    left.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
+    left.legend(fontsize=7, ncol=2, loc="upper right")
+    right.legend(fontsize=7, ncol=2, loc="lower left")
+    right.set_ylim(0, 100)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
