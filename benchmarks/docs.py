@@ -104,7 +104,8 @@ def target_sft() -> str:
         f"Accuracy in % on {len(tasks) * settings['problems']} test problems, mean of {len(settings['seeds'])} seeds "
         f"± 95 % interval, after {settings['steps']} steps of {settings['batch_size']} rows "
         f"({r['runs'][0]['non_unique']:.0%} of them with more than one right answer). The base model has "
-        f"{pretrained['base']}, the strong one {pretrained['strong']}. All of it: {r['cpu_seconds'] / 60:.0f} CPU minutes.",
+        f"{pretrained['base']}, the strong one {pretrained['strong']}. "
+        f"All of it: {r['cpu_seconds'] / 60:.0f} CPU minutes.",
         "",
         "![accuracy over eta, and over the share of wrong demonstrations](target_sft.png)",
         "",
