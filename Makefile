@@ -32,6 +32,7 @@ bench: $(VENV)/.peers  ## measured on this machine, results in benchmarks/result
 	$(BIN)/python benchmarks/rows.py
 	$(BIN)/python benchmarks/static.py
 	$(BIN)/python benchmarks/ledger.py
+	$(BIN)/python benchmarks/target_sft.py
 	$(BIN)/python benchmarks/docs.py
 
 gpu: $(VENV)/.peers  ## the tests and timings on a GPU; results named by device and versions

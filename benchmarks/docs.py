@@ -306,9 +306,99 @@ def correctness() -> str:
     return "\n".join(lines)
 
 
+def target_sft() -> str:
+    file = RESULTS / "target_sft.json"
+    if not file.exists():
+        return ""
+    r = json.loads(file.read_text())
+    settings, methods, summary, chosen = r["settings"], r["methods"], r["summary"], r["chosen"]
+    noises, sweep = [str(x) for x in settings["noises"]], str(settings["sweep_noise"])
+    tasks = ("spell_backward", "number_sorting", "palindrome_generation")
+
+    def cell(row: dict, key: str, sign: str = "") -> str:
+        return f"{100 * row[key]['mean']:{sign}.1f} ± {100 * row[key]['half']:.1f}" if key in row else ""
+
+    def label(name: str) -> str:
+        return methods[name]["label"] + (" (chosen)" if name == chosen else "")
+
+    pretrained = {w: f"{m['accuracy']['mean']:.1%}" for w, m in r["pretrained"].items()}
+    lines = [
+        f"Accuracy in % on {len(tasks) * settings['problems']} test problems, mean of {len(settings['seeds'])} seeds "
+        f"± 95 % interval, after {settings['steps']} steps of {settings['batch_size']} rows "
+        f"({r['runs'][0]['non_unique']:.0%} of them with more than one right answer). The base model has "
+        f"{pretrained['base']}, the strong one {pretrained['strong']}. "
+        f"All of it: {r['cpu_seconds'] / 60:.0f} CPU minutes.",
+        "",
+        "![accuracy over eta, and over the share of wrong demonstrations](target_sft.png)",
+        "",
+        "| method | teacher | lr | " + " | ".join(f"{float(x):.0%} wrong" for x in noises)
+        + f" | minus SFT, {float(sweep):.0%} wrong | NLL, {float(sweep):.0%} wrong |",
+        "|---|---|---|" + "---|" * (len(noises) + 2),
+    ]  # fmt: skip
+    for name, m in methods.items():
+        cells = [cell(summary[x].get(name, {}), "mean") for x in noises]
+        row = summary[sweep][name]
+        nll = f"{row['nll']['mean']:.3f} ± {row['nll']['half']:.3f}"
+        head = f"| {label(name)} | {m['teacher'] or 'none'} | {r['sweep'][name]['rate']:g} | "
+        lines.append(head + " | ".join([*cells, cell(row, "minus_sft", "+"), nll]) + " |")
+    lines += [
+        "",
+        f"By task, {float(sweep):.0%} wrong (palindromes and sorting have several right answers):",
+        "",
+        "| method | " + " | ".join(f"`{t}`" for t in tasks) + " |",
+        "|---|" + "---|" * len(tasks),
+    ]
+    for name in methods:
+        lines.append(f"| {label(name)} | " + " | ".join(cell(summary[sweep][name], t) for t in tasks) + " |")
+
+    # sentences: what validation chose, then every comparison of the chosen eta, won or lost
+    lines += ["", f"Validation chose {methods[chosen]['label']}. Its accuracy minus that of the others, in points:", ""]
+    for x in noises:
+        parts: dict[str, list[str]] = {"above": [], "below": [], "not to be told from": []}
+        for name, d in summary[x][chosen]["minus"].items():
+            if name.startswith("target_") and name != "target_base":
+                continue
+            text = f"{methods[name]['label']} ({100 * d['mean']:+.1f} ± {100 * d['half']:.1f})"
+            verdict = "not to be told from" if abs(d["mean"]) <= d["half"] else "above" if d["mean"] > 0 else "below"
+            parts[verdict].append(text)
+        said = "; ".join(f"{k} {', '.join(v)}" for k, v in parts.items() if v)
+        lines.append(f"* {float(x):.0%} wrong: {said}.")
+    means = {n: summary[sweep][n]["mean"]["mean"] for n in methods}
+    etas = [n for n in methods if methods[n]["objective"] == "target_sft" and methods[n]["teacher"] == "strong"]
+    top, best, low = (
+        max(means, key=means.__getitem__),
+        max(etas, key=means.__getitem__),
+        min(etas, key=means.__getitem__),
+    )
+    base = 100 * r["pretrained"]["base"]["accuracy"]["mean"]
+    under = [methods[n]["label"] for n in methods if 100 * means[n] < base]
+    lines += [
+        "",
+        f"At {float(sweep):.0%} wrong the highest mean of all has {methods[top]['label']} ({means[top]:.1%}), of the "
+        f"etas {best.removeprefix('target_')} ({means[best]:.1%}), and the lowest of the etas "
+        f"{low.removeprefix('target_')} ({means[low]:.1%}); picked on the test problems, so a little flattered. "
+        + (f"Below the base model end {', '.join(under)}." if under else "None ends below the base model."),
+    ]  # fmt: skip
+    gains = {(n, x): 100 * summary[x][n]["mean"]["mean"] - base for x in noises for n in summary[x]}
+    most, least = max(gains, key=gains.__getitem__), min(gains, key=gains.__getitem__)
+    lines += [
+        "",
+        f"Against the base model the largest gain is {gains[most]:+.1f} points ({methods[most[0]]['label']}, "
+        f"{float(most[1]):.0%} wrong), the largest loss {gains[least]:+.1f} ({methods[least[0]]['label']}, "
+        f"{float(least[1]):.0%} wrong).",
+    ]
+    edge = [r["settings"]["rates"][0], r["settings"]["rates"][-1]]
+    at_edge = [f"{methods[n]['label']} ({r['sweep'][n]['rate']:g})" for n in methods if r["sweep"][n]["rate"] in edge]
+    if at_edge:
+        lines += ["", "The chosen rate is the lowest or highest tried, so a better one may lie beyond, for: "
+                  + ", ".join(at_edge) + "."]  # fmt: skip
+    return "\n".join(lines)
+
+
 PARTS = {
     "linear_loss_cpu": ("docs/linear_loss.md", linear_loss_cpu),
     "correctness": ("docs/linear_loss.md", correctness),
+    "target_sft": ("docs/target_sft.md", target_sft),
     "static": ("docs/kernels.md", static),
     "static peers": ("docs/kernels.md", static_peers),
     "ledger": ("docs/kernels.md", ledger),

@@ -68,11 +68,11 @@ class RowStats:
 
         Its value is taken relative to the row's maximum, which keeps the digits that z - lse loses.
         """
-        plain = self.ids - self.lse[:, None]
+        plain = self.ids - self.lse[..., None]
         if self._normalizer is None:
             return plain
         top, log_sum = self._normalizer
-        exact = (self.ids.detach() - top[:, None]) - log_sum[:, None]
+        exact = (self.ids.detach() - top[..., None]) - log_sum[..., None]
         return plain + (exact - plain.detach())
 
     def __getattr__(self, name: str):

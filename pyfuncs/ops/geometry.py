@@ -133,10 +133,12 @@ def slabs(
     if budget is None:
         return SlabGeometry(v, r, product, cost(r, v))
     while cost(r, v) > budget:
-        if r > 64 or (v == 1 and r > 1):
-            r = (r + 1) // 2
+        if r > product:  # whole products
+            r = -(-r // 2 // product) * product
+        elif r > 64 or (v == 1 and r > 1):
+            r = product = (r + 1) // 2
         elif v > 1:
             v = (v + 1) // 2
         else:
             raise ValueError(f"budget must be at least {cost(1, 1)} bytes for these shapes; got {budget}")
-    return SlabGeometry(v, r, min(product, r), budget)
+    return SlabGeometry(v, r, product, budget)

@@ -185,7 +185,7 @@ def _vocabulary_outer(
         shown = torch.stack([metric(name, values).detach() for name in names])
         table = torch.where(factor != 0, shown, 0.0)
     if objective.couple is not None:
-        constant = {k: values[k].detach() for k in (*objective.couple_stats, "lse", "z_max", "z_log")}
+        constant = {k: values[k].detach().clone() for k in (*objective.couple_stats, "lse", "z_max", "z_log")}
         rows.weight = couple(objective, constant, rows, factor.dtype)
     # copies: an objective's lines may write in place
     visible = {k: values[k].clone() for k in (*objective.stats, "lse", "z_max", "z_log")}

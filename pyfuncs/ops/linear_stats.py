@@ -9,6 +9,7 @@ gradient of any statistic, row by row, is exact.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,10 +58,12 @@ def linear_stats(
             * a list of row blocks (V_i, H), V = sum V_i, never joined: each gets its own gradient where it requires
               one, so ``[w[:a].detach(), leaf, w[b:].detach()]`` trains the rows a to b alone, and only their dW is
               formed;
-            * a ``LoRAHead``: W + s B A, or DoRA's, without dW of the base;
-            * this rank's rows of a head sharded over ``group``, or a DTensor with ``Shard(0)`` on one mesh dimension:
-              every rank of it calls with the same hidden states and labels (and its rows of the teacher's head or
-              logits), gets the same statistics and the whole dX, and dW of its own rows.  Shards may be uneven.
+            * a ``LoRAHead``: W + s B A, or DoRA's, without dW of a frozen base;
+            * this rank's rows of a head sharded over ``group``, or a DTensor with ``Shard(0)`` on a mesh of one
+              dimension: every rank of it calls with the *same* hidden states and labels (and its rows of the
+              teacher's head or logits), gets the same statistics and the whole dX, and dW of its own rows.  Shards
+              may be uneven.  The same inputs must require gradients on every rank.  (FSDP's ranks hold different
+              tokens: there give the head that its hooks have made whole.)
         target: labels (N,) or (B, T); None if no statistic of the label is asked for.  On rows of ``ignore_index``
             the label's statistics are 0 without gradient; the others are as anywhere.
         stats: names of ``RowStats``; "entropy", "prob" and "ids_logp" stand for what they need.
@@ -68,9 +71,11 @@ def linear_stats(
         budget: bytes of scratch beside inputs, outputs and gradients; fixes slabs and tiles.
         sink: where each finished slab of dW goes in backward, in vocabulary order: a tensor (V, H), a callable
             ``f(rows: slice, slab)`` (the slab's memory is used again: copy what is to stay), or a
-            ``burnish.HostSink``.  The head's tensor then gets no gradient from autograd; under a group ``rows``
-            counts this rank's rows.  Not within torch.compile.
-        group: process group over which the head's rows are sharded, in rank order.
+            ``burnish.HostSink``.  The head's tensor then gets no gradient from autograd, and each backward writes
+            anew: to accumulate over micro-batches, add in a callable.  Under a group ``rows`` counts this rank's
+            rows.  Not within torch.compile.
+        group: process group over which the head's rows are sharded, in rank order; each call exchanges the shards'
+            sizes and reads them on the host (a DTensor knows them).
 
     Returns a ``RowStats`` whose tensors have the rows' shape (``ids`` one dimension more), in fp32 (fp64 for fp64
     inputs).  Without a ``budget`` a row's statistics are bit-equal whatever other rows there are and in whatever
@@ -81,10 +86,18 @@ def linear_stats(
     """
     names, needs = asks("linear_stats", stats, eta)
     labels = set(_LABEL_STATS) & set(names)
+    labelled = target is not None
     if target is None:
         if labels:
             raise ValueError(f"stats {', '.join(sorted(labels))} need target")
+        check_float("hidden", hidden)
         target = torch.full(hidden.shape[:-1], ignore_index, dtype=torch.int64, device=hidden.device)
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta must lie in [0, 1]; got {beta}")
+    if type(top_k) is not int or top_k < 1:
+        raise ValueError(f"top_k must be a whole number, at least 1; got {top_k!r}")
+    if not (math.isfinite(alpha) and math.isfinite(eta)):
+        raise ValueError(f"alpha and eta must be finite; got {alpha} and {eta}")
     given = resolve(hidden, weight, bias, teacher, group, sink)
     c = prepare(
         Asked("linear_stats", names, needs), hidden.shape[:-1], given.head.rows, hidden.device, target, ids=ids,
@@ -101,8 +114,9 @@ def linear_stats(
         values[name] = torch.where(rows.valid, values[name], 0.0)
     shape = target.shape
     normalizer = tuple(values[name].reshape(shape) for name in ("z_max", "z_log"))
-    shown = {k: v.reshape(*shape, *v.shape[1:]) for k, v in values.items() if k in names}
-    return RowStats(valid=rows.valid.reshape(shape), normalizer=normalizer, **shown)
+    # copies: rows of one table are views that could not be written in place
+    shown = {k: v.clone().reshape(*shape, *v.shape[1:]) for k, v in values.items() if k in names}
+    return RowStats(valid=rows.valid.reshape(shape) if labelled else None, normalizer=normalizer, **shown)
 
 
 @dataclasses.dataclass
@@ -120,14 +134,15 @@ class Given:
 
 def resolve(hidden: Tensor, weight: Weight, bias: Tensor | None, teacher, group, sink) -> Given:
     """The forms of ``weight`` brought to one; checks shapes, devices and dtypes."""
+    check_float("hidden", hidden)
     hidden = shards.replicated("hidden", hidden)
     sharded = None
     adapter = weight if isinstance(weight, LoRAHead) else None
     if adapter is not None:
-        blocks = [adapter.weight.detach()]
+        blocks = [adapter.weight]
     elif isinstance(weight, Tensor):
         blocks = [weight]
-    elif isinstance(weight, Sequence) and len(weight):
+    elif isinstance(weight, (Sequence, torch.nn.ParameterList)) and len(weight):
         blocks = list(weight)
     else:
         raise TypeError(f"weight must be a tensor, a list of row blocks or a LoRAHead; got {type(weight).__name__}")
@@ -139,6 +154,8 @@ def resolve(hidden: Tensor, weight: Weight, bias: Tensor | None, teacher, group,
             bias, _ = shards.local_rows("bias", bias, blocks[0].shape[0])
     for block in blocks:
         check_float("weight", block)
+        if block.device != hidden.device:
+            raise ValueError(f"weight must be on {hidden.device}, as hidden is; got {block.device}")
         if block.ndim != 2 or block.shape[1:] != blocks[0].shape[1:] or block.dtype != blocks[0].dtype:
             shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in blocks)
             raise ValueError(f"weight: row blocks must be (V_i, H) of one dtype; got {shapes}")
@@ -152,12 +169,12 @@ def resolve(hidden: Tensor, weight: Weight, bias: Tensor | None, teacher, group,
         sharded = shards.whole(rows) if group is None else shards.shard_of(rows, group, hidden.device)
     if sharded.group and teacher is not None:
         teacher = _local_teacher(teacher, rows)
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat = hidden.flatten(0, -2)
     parts = Head(blocks, bias=bias)
     low = None
     if adapter is not None:
         low, parts.factor, parts.column = adapter.low_rank(flat), adapter.b, adapter.column_scale()
-    sink = as_sink(sink)
+    sink = as_sink(sink, (rows, flat.shape[-1]))
     if sink is not None:
         if torch.compiler.is_compiling():
             raise ValueError("sink cannot be given within torch.compile: it is called from Python")
@@ -171,6 +188,8 @@ def _local_teacher(teacher: Teacher, rows: int) -> Teacher:
     for name in ("weight", "bias"):
         if shards.is_dtensor(getattr(teacher, name)):
             changes[name] = shards.local_rows(f"teacher.{name}", getattr(teacher, name))[0]
+    if teacher.logits is not None and shards.is_dtensor(teacher.logits):
+        raise ValueError("teacher.logits: give this rank's columns as a plain tensor; got a DTensor")
     if teacher.hidden is not None and shards.is_dtensor(teacher.hidden):
         changes["hidden"] = shards.replicated("teacher.hidden", teacher.hidden)
     teacher = dataclasses.replace(teacher, **changes) if changes else teacher
@@ -203,6 +222,10 @@ def differentiable_stats(
     Rows that are not ``live`` (bool) get gradients of exact zero, whatever reaches them.
     """
     t, head = c.transforms, given.head
+    target = c.target
+    if target.device != given.hidden.device:  # checked here, where it can be without a sync
+        check_labels(target, given.shard.total, ignore_index)
+        target = target.to(given.hidden.device, non_blocking=True)
     options = Options(
         ",".join(stats), alpha, eta, beta, top_k, t.scale, t.softcap, t.teacher_scale, t.teacher_softcap,
         c.temperature is not None or c.flat_temperature != 1.0 or tau != 1.0,
@@ -210,7 +233,7 @@ def differentiable_stats(
         -1 if budget is None else budget, given.compute, backend, *given.shard,
     )  # fmt: skip
     tensors = (
-        given.hidden, given.low, head.factor, head.column, head.bias, c.target.to(given.hidden.device), live,
+        given.hidden, given.low, head.factor, head.column, head.bias, target, live,
         rows.inv_temp, rows.teacher_inv_temp, rows.plain_inv_temp, c.ids,
     )  # fmt: skip
     if torch.compiler.is_compiling():
@@ -283,7 +306,7 @@ def _forward(
     if teacher_kind == "topk" and spec.has("teacher_logp"):
         out["teacher_logp"] = out["teacher_logp"] + out["teacher_lse"]  # true ones: not to be renormalised
     for name in {"label", "logp", "teacher_logp"} & set(out):  # NaN where there is no label; 0 * NaN is not 0
-        out[name] = torch.where(walk.target == -1, 0.0, out[name])
+        out[name] = torch.where(target == ignore_index, 0.0, out[name])
     if spec.has("top_entropy"):
         top = torch.cat(tops) if parts else inv_temp.new_empty(0, 0)
         top = shards.merge_top(top, min(spec.top_k, total), shard)
@@ -320,6 +343,14 @@ def _gradients(
     stats = dict(zip(names, table.unbind(0), strict=True))
     given = {} if upstream is None else dict(zip(names, upstream.unbind(0), strict=True))
     given = {k: v for k, v in given.items() if k in DIFFERENTIABLE}
+    if "supported" in stats:  # a teacher without mass on the student's support: the row does not count
+        live = stats["supported"] > 0 if live is None else live & (stats["supported"] > 0)
+    ids = walk.ids if picked is not None and picked.numel() else None
+    if ids is not None and picked is not None:
+        picked = torch.where(ids >= 0, picked, 0.0)
+    if live is not None:  # before their size is taken: what reaches a row that does not count may be NaN
+        given = {k: torch.where(live, v, 0.0) for k, v in given.items()}
+        picked = torch.where(live[:, None], picked, 0.0) if ids is not None and picked is not None else picked
     norm = None
     if walk.mode == "mixed":
         # a narrow dz must not carry the size of the upstream gradient, 1 / N or a loss scale: it is brought to 1 first
@@ -329,14 +360,8 @@ def _gradients(
         given = {k: v / norm for k, v in given.items()}
         picked = None if picked is None else picked / norm
     coef = coefficients(stats, given, spec)
-    if "supported" in stats:  # a teacher without mass on the student's support: the row does not count
-        live = stats["supported"] > 0 if live is None else live & (stats["supported"] > 0)
     if live is not None:
         coef = scale_coefficients(coef, live.to(dtype))
-    ids = walk.ids if picked is not None and picked.numel() else None
-    if ids is not None and picked is not None:
-        keep = ids >= 0 if live is None else (ids >= 0) & live[:, None]
-        picked = torch.where(keep, picked, 0.0)
     parts = walk.parts()
     coefs = [coef[:, part].contiguous() for part in parts]
     device = walk.hidden.device
@@ -393,7 +418,7 @@ def _gradients(
             if norm is not None:
                 into.mul_(norm)
             place.put(rows, into)
-    for place in sinks:
+    for place in sinks if sink is None else [sink]:
         if place is not None:
             place.close()
     for g in (dx, du):

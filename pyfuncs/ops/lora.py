@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import geometry
 from .core import without_autocast
 from .gemm import SLAB_BYTES, accumulator
 from .inputs import check_float
@@ -24,13 +25,13 @@ class LoRAHead:
     """An LM head W + scaling B A, given to ``linear_loss`` or ``linear_stats`` in the place of ``weight``.
 
     Args:
-        weight: (V, H), the base; it gets no gradient even if it asks for one.
+        weight: (V, H), the base; frozen, as a rule: its gradient is then never formed.
         a: (r, H).  b: (V, r).
         scaling: s, usually lora_alpha / r.
         magnitude: (V,), DoRA's m, or None.
         dropout: probability with which the adapter's input is dropped (not with a magnitude).
 
-    ``a``, ``b`` and ``magnitude`` get gradients where they require them; W's own, V H numbers, is never formed.
+    Each tensor gets a gradient where it requires one; that of a frozen W, V H numbers, is never formed.
     Raises ValueError or TypeError that names the argument and what it got.
     """
 
@@ -44,6 +45,10 @@ class LoRAHead:
     def __post_init__(self):
         for name in ("weight", "a", "b"):
             check_float(f"LoRAHead: {name}", getattr(self, name))
+        if self.weight.ndim != 2 or self.a.ndim != 2:
+            raise ValueError(
+                f"LoRAHead: weight must be (V, H) and a (r, H); got {tuple(self.weight.shape)}, {tuple(self.a.shape)}"
+            )
         (v, h), r = self.weight.shape, self.a.shape[0]
         if tuple(self.a.shape) != (r, h) or tuple(self.b.shape) != (v, r):
             raise ValueError(
@@ -70,14 +75,23 @@ class LoRAHead:
 
     @without_autocast
     def low_rank(self, hidden: Tensor) -> Tensor:
-        """u = s x A^T (N, r), in the accumulator's dtype; differentiable in hidden and A."""
-        dtype = accumulator(hidden.dtype)
+        """u = s x A^T (N, r), in the accumulator's dtype; differentiable in hidden and A.
+
+        In products of one size: a row's u does not depend on the other rows.
+        """
+        dtype, n = accumulator(hidden.dtype), hidden.shape[0]
         x = torch.nn.functional.dropout(hidden, self.dropout) if self.dropout else hidden
-        return (x.to(dtype) @ self.a.to(dtype).t()) * self.scaling
+        size = geometry.PRODUCT_ROWS.get(hidden.device.type, geometry.PRODUCT_ROWS_GPU)
+        padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, -n % size))
+        a = self.a.to(dtype).t()
+        return torch.cat([part @ a for part in padded.split(size)])[:n] * self.scaling
 
     @without_autocast
     def column_scale(self) -> Tensor | None:
-        """g = m / ||W + s B A|| (V,), differentiable in m alone; row blocks, so that W + s B A is never whole."""
+        """g = m / ||W + s B A|| (V,), differentiable in m alone; row blocks, so that W + s B A is never whole.
+
+        Its scratch, three blocks of ``SLAB_BYTES``, is gone before the op's own begins; 2 V H r FLOPs.
+        """
         if self.magnitude is None:
             return None
         dtype = accumulator(self.weight.dtype)

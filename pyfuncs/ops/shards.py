@@ -57,18 +57,16 @@ def is_dtensor(x) -> bool:
 def local_rows(name: str, x, rows: int | None = None) -> tuple[Tensor, Shard]:
     """A DTensor's local rows, differentiable into a DTensor's gradient, and their place.
 
-    One mesh dimension may be Shard(0), the others Replicate; ValueError otherwise.  ``rows``: what there must be here.
+    It must be Shard(0) on a mesh of one dimension: over a second one (data parallel) the gradient would have to be
+    reduced by whoever holds the data.  ``rows``: what there must be here.  ValueError otherwise.
     """
-    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor import Shard as Rows
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    split = [i for i, p in enumerate(x.placements) if type(p) is Rows and p.dim == 0]
-    others = [p for i, p in enumerate(x.placements) if i not in split]
-    if len(split) != 1 or any(type(p) is not Replicate for p in others):
-        raise ValueError(f"{name}: a DTensor must be Shard(0) on one mesh dimension; got {list(x.placements)}")
+    if x.device_mesh.ndim != 1 or type(x.placements[0]) is not Rows or x.placements[0].dim != 0:
+        raise ValueError(f"{name}: a DTensor must be Shard(0) on a mesh of one dimension; got {list(x.placements)}")
     _, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
-    group = x.device_mesh.get_group(split[0])
+    group = x.device_mesh.get_group(0)
     local = x.to_local()
     if rows is not None and local.shape[0] != rows:
         raise ValueError(f"{name} must have the head's {rows} rows on this rank; got {local.shape[0]}")
@@ -88,7 +86,6 @@ def replicated(name: str, x: Tensor) -> Tensor:
     return x.to_local(grad_placements=x.placements)  # type: ignore[attr-defined]
 
 
-@functools.lru_cache(maxsize=64)
 def _group(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
@@ -110,7 +107,7 @@ def merge_state(state: Tensor, shard: Shard, *, hit: bool) -> Tensor:
     factor = {}
     for name, value in zip(_MAXIMA, top, strict=True):
         out[S[name]] = value
-        # a rank that saw -inf alone has sums of zero: its factor must not be NaN
+        # where every rank saw -inf alone the factor must not be NaN
         factor[name] = (state[S[name]] - torch.where(value == -torch.inf, 0.0, value)).exp()
     sums = [
         state[S[name]] if base is None else state[S[name]] * factor[base] ** power
@@ -120,11 +117,11 @@ def merge_state(state: Tensor, shard: Shard, *, hit: bool) -> Tensor:
         seen = ~state[S[name]].isnan()
         sums += [torch.where(seen, state[S[name]], 0.0), seen.to(state.dtype)]
     if hit:
-        rank, size = dist.get_rank(_group(shard.group)), dist.get_world_size(_group(shard.group))
-        # the lowest column wins a tie, so the lowest rank that has the maximum
-        owner = torch.where(state[S["z_max"]] == top[0], rank, size).to(torch.int32)
+        # the lowest column wins a tie: the rank that has the maximum and begins first (an empty one never has it)
+        mine = state[S["z_max"]] == top[0]
+        owner = torch.where(mine, shard.start, shard.total).to(torch.int64)
         all_reduce(owner, shard, dist.ReduceOp.MIN)
-        sums.append(torch.where(owner == rank, state[S["argmax"]], 0.0))
+        sums.append(torch.where(mine & (owner == shard.start), state[S["argmax"]], 0.0))
     total = all_reduce(torch.stack(sums), shard)
     for i, name in enumerate(_SUMS):
         out[S[name]] = total[i]

@@ -28,29 +28,21 @@ class Sink(Protocol):
 
 
 class TensorSink:
-    """Slabs into the rows of a tensor (V, H), rounded once to its dtype; in place where that is the slab's own.
+    """Slabs into the rows of a tensor (V, H), rounded once to its dtype; in place where that is the slab's own."""
 
-    ``offset`` is the head's row that ``out`` begins with.
-    """
-
-    def __init__(self, out: Tensor, offset: int = 0):
-        self.out, self.offset = out, offset
+    def __init__(self, out: Tensor):
+        self.out = out
         self._scratch: Tensor | None = None
 
-    def _place(self, rows: slice) -> Tensor:
-        return self.out[rows.start - self.offset : rows.stop - self.offset]
-
     def slab(self, rows: slice, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        place = self._place(rows)
-        if place.shape != (rows.stop - rows.start, width):
-            raise ValueError(f"sink: a slab is ({rows.stop - rows.start}, {width}); the tensor's is {place.shape}")
+        place = self.out[rows]
         if place.dtype == dtype and place.device == device and place.is_contiguous():
             return place
         self._scratch = _reuse(self._scratch, rows.stop - rows.start, width, dtype, device)
         return self._scratch[: rows.stop - rows.start]
 
     def put(self, rows: slice, slab: Tensor) -> None:
-        place = self._place(rows)
+        place = self.out[rows]
         if place.data_ptr() != slab.data_ptr() or place.dtype != slab.dtype:
             place.copy_(slab)
 
@@ -142,8 +134,11 @@ def _reuse(buffer: Tensor | None, rows: int, width: int, dtype: torch.dtype, dev
     return torch.empty(rows, width, dtype=dtype, device=device)
 
 
-def as_sink(sink) -> Sink | None:
-    """``sink=`` as it was given: a sink, a tensor (V, H), a callable or None."""
+def as_sink(sink, shape: tuple[int, int]) -> Sink | None:
+    """``sink=`` as it was given: a sink, a tensor (V, H) = ``shape``, a callable or None."""
+    out = sink if isinstance(sink, Tensor) else getattr(sink, "out", None)
+    if isinstance(out, Tensor) and (tuple(out.shape) != shape or not out.is_floating_point()):
+        raise ValueError(f"sink: the tensor must be {shape} of a floating dtype; got {tuple(out.shape)} {out.dtype}")
     if sink is None or all(hasattr(sink, name) for name in ("slab", "put", "close")):
         return sink
     if isinstance(sink, Tensor):

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from ..kernels import dispatch, rows_torch
 from ..kernels.contract import RowSpec, finalize, new_state
-from . import geometry, shards
+from . import gemm, geometry, shards
 from .core import Transforms, row_spec
-from .gemm import accumulator, mode, product, teacher_head
+from .gemm import accumulator, product, teacher_head
 from .shards import Shard
 from .teacher import cut, fill_topk
+
+#: In the place of an ignored label, which may be the number of a column.  Not -1: a label of -1 is an error to be seen.
+NO_LABEL = -(1 << 40)
 
 
 class Options(NamedTuple):
@@ -92,17 +95,17 @@ class Walk:
         teacher_inv_temp: Tensor, plain_inv_temp: Tensor, teacher: list[Tensor], ids: Tensor | None, o: Options, *,
         keep_raw: bool = False, tail: tuple[Tensor, Tensor] | None = None,
     ):  # fmt: skip
-        """``keep_raw``: the products before ``column`` are kept for its gradient; ``tail``: what ``tail_of`` made."""
+        """``keep_raw``: the products before ``column`` are kept for its gradient; ``tail``: an earlier walk's."""
         device = hidden.device
         self.hidden, self.low, self.head, self.o = hidden, low, head, o
         self.spec, self.dtype = o.spec, accumulator(o.compute)
-        self.target = torch.where(target == o.ignore_index, -1, target)
+        self.target = torch.where(target == o.ignore_index, NO_LABEL, target)
         self.inv, self.teacher_inv, self.plain_inv, self.ids = inv_temp, teacher_inv_temp, plain_inv_temp, ids
         backend = dispatch.resolve(o.backend, device)
         self.kernels = dispatch.rows(backend)
         self.teacher = teacher = cut(teacher, o.teacher, head.rows)
         weight_dtype = head.blocks[0].dtype
-        self.mode = mode(weight_dtype, o.compute, device, self.dtype)
+        self.mode = gemm.mode(weight_dtype, o.compute, device, self.dtype)
         self.operand = o.compute if self.mode == "mixed" else self.dtype
         listed = teacher[0].shape[1] if o.teacher == "topk" else 0
         self.geometry = geometry.slabs(

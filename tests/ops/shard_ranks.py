@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import cases
@@ -97,10 +97,13 @@ def statistics(mine, mesh):
     # a DTensor: its own shares, the gradient a DTensor with the same placement
     sharded = distribute_tensor(weight.clone(), mesh, [Shard(0)]).requires_grad_()
     x = hidden.clone().requires_grad_()
-    loss = linear_loss(x, sharded, target, objectives.nll())
+    bias = torch.arange(V, dtype=torch.float64) / 7
+    # the hidden states as a DTensor that every rank has whole, and a bias sharded as the head is
+    rows = DTensor.from_local(x, mesh, [Replicate()])
+    loss = linear_loss(rows, sharded, target, objectives.nll(), bias=distribute_tensor(bias.clone(), mesh, [Shard(0)]))
     loss.backward()
     whole, wx = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
-    linear_loss(wx, whole, target, objectives.nll()).backward()
+    linear_loss(wx, whole, target, objectives.nll(), bias=bias).backward()
     assert isinstance(sharded.grad, DTensor)
     assert sharded.grad.placements == (Shard(0),)
     close("DTensor dW", sharded.grad.full_tensor(), whole.grad)
@@ -108,7 +111,7 @@ def statistics(mine, mesh):
     try:
         linear_loss(hidden, distribute_tensor(weight.clone(), mesh, [Shard(1)]), target, objectives.nll())
     except ValueError as error:
-        assert "must be Shard(0) on one mesh dimension" in str(error)
+        assert "must be Shard(0) on a mesh of one dimension" in str(error)
     else:
         raise AssertionError("a head sharded along H was taken")
 
@@ -137,9 +140,29 @@ def main(rank: int, world: int, store: str) -> None:
     every_objective(mine)
     statistics(mine, init_device_mesh("cpu", (world,)))
     adapter(mine)
+    subgroup(rank, world)
     dist.barrier()
     dist.destroy_process_group()
+    # names of groups come back: a later group is another one
+    dist.init_process_group("gloo", init_method=f"file://{store}{rank}", rank=0, world_size=1)
+    z = torch.arange(6, dtype=torch.float64)[:, None]
+    alone = linear_stats(torch.ones(2, 1, dtype=torch.float64), z, stats=("lse",), group=dist.group.WORLD)
+    close("a later group", alone.lse, z[:, 0].logsumexp(0).expand(2))
+    dist.destroy_process_group()
     print("equal")
+
+
+def subgroup(rank: int, world: int) -> None:
+    """The last two ranks alone: their places are counted within their group."""
+    group = dist.new_group([world - 2, world - 1])
+    if rank < world - 2:
+        return
+    w = torch.arange(10, dtype=torch.float64)[:, None]
+    mine = slice(0, 4) if rank == world - 2 else slice(4, 10)
+    s = linear_stats(torch.ones(3, 1, dtype=torch.float64), w[mine], torch.tensor([9, 2, 4]), stats=("logp", "hit"),
+                     group=group)  # fmt: skip
+    close("subgroup", s.logp, w[:, 0].log_softmax(0)[[9, 2, 4]])
+    assert s.hit.tolist() == [1.0, 0.0, 0.0]
 
 
 if __name__ == "__main__":

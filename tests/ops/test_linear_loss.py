@@ -661,7 +661,7 @@ def test_every_objective_without_a_row_that_counts(ident, name, arguments):
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_mixed_precision_path_of_a_gpu(name, backend, monkeypatch):
     """fp32 logits out of bf16 products, a bf16 gradient tile beside them: CUDA's branch, its products emulated."""
-    from burnish.ops import gemm
+    from burnish.ops import gemm, slabs
 
     real_mm, real_addmm = torch.mm, torch.addmm
 
@@ -683,6 +683,13 @@ def test_mixed_precision_path_of_a_gpu(name, backend, monkeypatch):
     )
     loss, want = reference_grads(o, hidden, weight, bias, target, extra, "mean")
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    modes, init = [], slabs.Walk.__init__
+
+    def spy(self, *args, **options):
+        init(self, *args, **options)
+        modes.append(self.mode)
+
+    monkeypatch.setattr(slabs.Walk, "__init__", spy)
     monkeypatch.setattr(gemm, "mode", lambda *a: "mixed")
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
@@ -698,3 +705,11 @@ def test_mixed_precision_path_of_a_gpu(name, backend, monkeypatch):
             for a, b, leaf in zip(torch.autograd.grad(got.sum(), leaves), want, leaves, strict=True):
                 assert a.dtype == leaf.dtype
                 assert relative(a, b * scale) < 2 * 2**-8  # the gradient tile is bf16 here
+    assert modes and set(modes) == {"mixed"}
+    # an upstream gradient of any size: dz is brought to 1 before it is rounded; a row that does not count may be NaN
+    leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
+    rows = linear_loss(*leaves[:2], target, o, bias=leaves[2], reduction="none", backend=backend, **extra)
+    up = torch.full_like(rows, 1e-12)
+    up[target == -100] = torch.nan
+    for a, b in zip(torch.autograd.grad(rows, leaves, up), want, strict=True):
+        assert relative(a.double() * 1e12, b) < 2 * 2**-8
