@@ -115,7 +115,8 @@ def static() -> str:
     lines += [
         "",
         "`linear_loss` makes its tiles whole 16s (not under a softcap, nor beside a teacher's logits that are given). "
-        "In `row_loss` and in the vocabulary-outer order, where V is no multiple of 16, as after a resize by one, neither a row's start nor its end is known to be "
+        "In `row_loss` and in the vocabulary-outer order, where V is no multiple of 16, as after a resize by one, "
+        "neither a row's start nor its end is known to be "
         "aligned and a tile moves entry by entry. All accesses of a thread for NLL on sm_90, count x bytes: "
         + "; ".join(
             f"{n} loads {k['loads']}, stores {k['stores']}, {k['registers']} registers" for n, k in ragged.items()
