@@ -48,8 +48,13 @@ def check_float(name: str, x: torch.Tensor) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
 
 
-def check_operands(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
-    """Shapes, devices and dtypes of hidden, head and bias; returns the dtype that the products' operands take."""
+def check_operands(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int | None = None
+) -> torch.dtype:
+    """Shapes, devices and dtypes of hidden, head and bias; returns the dtype that the products' operands take.
+
+    ``rows`` of the head where ``weight`` is one of its blocks.
+    """
     check_float("hidden", hidden)
     check_float("weight", weight)
     if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
@@ -60,10 +65,9 @@ def check_operands(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
         raise ValueError(f"weight must be on {hidden.device}, as hidden is; got {weight.device}")
     if bias is not None:
         check_float("bias", bias)
-        if bias.shape != weight.shape[:1] or bias.device != weight.device:
-            raise ValueError(
-                f"bias must be ({weight.shape[0]},) on {weight.device}; got {tuple(bias.shape)} on {bias.device}"
-            )
+        rows = weight.shape[0] if rows is None else rows
+        if bias.shape != (rows,) or bias.device != weight.device:
+            raise ValueError(f"bias must be ({rows},) on {weight.device}; got {tuple(bias.shape)} on {bias.device}")
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)

@@ -170,8 +170,7 @@ def _vocabulary_outer(
         teacher = [
             x if c.teacher_kind == "hidden" and i > 0 else x.index_select(0, index) for i, x in enumerate(c.teacher)
         ]
-        c = dataclasses.replace(c, target=torch.where(rows.valid, rows.target, ignore_index), ids=rows.ids,
-                                teacher=teacher)  # fmt: skip
+        c = dataclasses.replace(c, ids=rows.ids, teacher=teacher)
     names = [n for n in c.metrics.split(",") if n]
     stats = dict.fromkeys((*objective.stats, *objective.couple_stats, *(s for n in names for s in METRICS[n])))
     values = differentiable_stats(

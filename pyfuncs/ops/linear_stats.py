@@ -160,11 +160,7 @@ def resolve(hidden: Tensor, weight: Weight, bias: Tensor | None, teacher, group,
             shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in blocks)
             raise ValueError(f"weight: row blocks must be (V_i, H) of one dtype; got {shapes}")
     rows = sum(x.shape[0] for x in blocks)
-    compute = check_operands(hidden, blocks[0], None)
-    if bias is not None:
-        check_float("bias", bias)
-        if bias.shape != (rows,) or bias.device != hidden.device:
-            raise ValueError(f"bias must be ({rows},) on {hidden.device}; got {tuple(bias.shape)} on {bias.device}")
+    compute = check_operands(hidden, blocks[0], bias, rows)
     if sharded is None:
         sharded = shards.whole(rows) if group is None else shards.shard_of(rows, group, hidden.device)
     if sharded.group and teacher is not None:
@@ -203,6 +199,8 @@ def _local_teacher(teacher: Teacher, rows: int) -> Teacher:
 def rows_of(c: Common, given: Given, tau: float, ignore_index: int) -> Rows:
     """The checked arguments as rows on the head's device."""
     device = given.hidden.device
+    if c.target.device != device and not torch.compiler.is_compiling():  # the op sees them where looking would sync
+        check_labels(c.target, given.shard.total, ignore_index)
     moved = [
         None if x is None else x.to(device, non_blocking=True)
         for x in (c.target, c.token_weight, c.temperature, c.sequence)
@@ -222,10 +220,7 @@ def differentiable_stats(
     Rows that are not ``live`` (bool) get gradients of exact zero, whatever reaches them.
     """
     t, head = c.transforms, given.head
-    target = c.target
-    if target.device != given.hidden.device:  # checked here, where it can be without a sync
-        check_labels(target, given.shard.total, ignore_index)
-        target = target.to(given.hidden.device, non_blocking=True)
+    target = torch.where(rows.valid, rows.target, ignore_index)
     options = Options(
         ",".join(stats), alpha, eta, beta, top_k, t.scale, t.softcap, t.teacher_scale, t.teacher_softcap,
         c.temperature is not None or c.flat_temperature != 1.0 or tau != 1.0,
