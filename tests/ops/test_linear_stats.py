@@ -295,7 +295,7 @@ def test_geometry_does_not_depend_on_the_number_of_rows():
 
 
 def test_every_form_of_the_head_is_invariant():
-    n, v, h = 70, 300, 64
+    n, v, h = 300, 300, 256
     hidden, weight, a, b, m = (x.detach() for x in leaves((n, h), (v, h), (8, h), (v, 8), (v,), dtype=torch.float32))
     for head in ([weight[:100], weight[100:]], LoRAHead(weight, a, b), LoRAHead(weight, a, b, 0.5, m)):
         every = linear_stats(hidden, head, stats=("lse", "mean"))
@@ -304,7 +304,7 @@ def test_every_form_of_the_head_is_invariant():
             assert torch.equal(every.lse[rows], part.lse) and torch.equal(every.mean[rows], part.mean)
 
 
-@pytest.mark.parametrize("n", [1, 130, 257, 300, 384, 1025])
+@pytest.mark.parametrize("n", [1, 130, 257, 300, 384, 600, 1025])
 def test_any_budget_that_is_taken_works_and_holds(n):
     """From the least that is allowed upwards: tiles, products and slabs shrink together."""
     v, h = 600, 16
@@ -341,6 +341,10 @@ def test_batched_rows_and_ids():
     s = linear_stats(hidden, weight, labels(6).reshape(2, 3), stats=("ids_logp", "logp", "entropy"), ids=ids)
     exact = (hidden @ weight.T).log_softmax(-1).gather(2, ids)
     assert torch.allclose(s.ids_logp, exact, rtol=1e-12)
+    up = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got = torch.autograd.grad(s.ids_logp, (hidden, weight), up, retain_graph=True)
+    for a, b in zip(got, torch.autograd.grad(exact, (hidden, weight), up), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
     assert s.logp.shape == s.entropy.shape == s.valid.shape == (2, 3)
     assert linear_stats(hidden, weight, stats=("lse",)).valid is None
 
