@@ -30,13 +30,14 @@ bench: $(VENV)/.peers  ## measured on this machine, results in benchmarks/result
 	$(BIN)/python benchmarks/linear_loss.py --quick
 	$(BIN)/python benchmarks/correctness.py
 	$(BIN)/python benchmarks/rows.py
+	$(BIN)/python benchmarks/adamw.py
 	$(BIN)/python benchmarks/static.py
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/target_sft.py
 	$(BIN)/python benchmarks/docs.py
 
 gpu: $(VENV)/.peers  ## the tests and timings on a GPU; results named by device and versions
-	$(BIN)/python -m pytest -q tests/kernels tests/ops tests/objectives
+	$(BIN)/python -m pytest -q tests/kernels tests/ops tests/objectives tests/chunkft
 	$(BIN)/python benchmarks/linear_loss.py --device cuda
 
 lint: $(VENV)/.installed

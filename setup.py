@@ -18,7 +18,7 @@ if "build_ext" in sys.argv:
     build = runpy.run_path("kernels/host/flags.py")
     flags = build["compiler_flags"](build["ahead_of_time_capability"]())
     extension = CppExtension(
-        "burnish.kernels._host", ["kernels/host/rows.cpp"], extra_compile_args=flags,
+        "burnish.kernels._host", [f"kernels/host/{name}" for name in build["SOURCES"]], extra_compile_args=flags,
         extra_link_args=[f for f in flags if f == "-fopenmp"],
     )  # fmt: skip
     options = {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}

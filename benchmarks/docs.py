@@ -397,7 +397,76 @@ def target_sft() -> str:
     return "\n".join(lines)
 
 
+def chunkft() -> str:
+    file = RESULTS / "chunkft.json"
+    if not file.exists():
+        return NOT_YET
+    r = json.loads(file.read_text())
+    s, pair, base = r["settings"], r["pair"] or {}, r["methods"].get("adamw", {})
+    done = {name: m for name, m in r["methods"].items() if "failed" not in m}
+    first = next((m["curve"][0]["loss"] for m in done.values() if m["curve"]), None)
+    speeds = [x for m in r["methods"].values() for x in m.get("gemm_ms", [])]
+
+    def size(m: dict, key: str) -> str:
+        return "" if m.get(key) is None else f"{m[key] / 2**20:.0f}"
+
+    def ratio(m: dict, key: str) -> str:
+        return f" ({m['of_adamw'][key]:.2f})" if key in m["of_adamw"] and m is not base else ""
+
+    start = f", on which the model begins at {first:.4f}" if first is not None else ""
+    drift = f"A product of 1024 x 1024 matrices between methods: {min(speeds):.1f} to {max(speeds):.1f} ms."
+    lines = [
+        f"Model `{s['model']}`, fp32, CPU ({r['capability']}), {r['threads']} threads, {_libraries(r['versions'])} "
+        f"(`benchmarks/results/chunkft.json`). {s['updates']} updates of {s['batch']} x {s['length']} = "
+        f"{s['batch'] * s['length']} tokens of the reasoning-gym tasks {', '.join(r['tasks'])}, the same for all in "
+        f"the same order; {s['held_out']} held-out problems{start}. ChunkFT's K: "
+        f"{', '.join(f'{k} at N = {n}' for n, k in r['turns'].items())}. "
+        + ("The loss is burnish's, fused." if s["fused"] else "The loss is the model's own."),
+        "",
+        "MiB beside the weights, the store of ChunkFT's chunks at rest apart (host memory on a GPU); seconds of an "
+        f"update, median; in brackets the ratio to fused AdamW's. {drift if speeds else ''}",
+        "",
+    ]
+    header = ["", "rate", "peak, tensors", "peak, process", "gradients", "state", "store", "seconds", "first",
+              "tokens/s", "held-out loss"]  # fmt: skip
+    rows = []
+    for m in done.values():
+        end = m["curve"][-1] if m["curve"] else None
+        early = f" at {m['updates']} updates" if m["updates"] < s["updates"] else ""
+        loss = f"{end['loss']:.4f}{early}" if end else ""
+        peaks = [size(m, key) + ratio(m, key) for key in ("peak_tensors", "peak_process")]
+        rows.append([
+            m["label"], f"{m['rate']:g}", *peaks, size(m, "gradients"), size(m, "state"),
+            size(m, "store") if m["store"] else "", f"{m['step']:.2f}{ratio(m, 'step')}", f"{m['first_update']:.2f}",
+            f"{m['tokens_per_second']:.0f}", loss,
+        ])  # fmt: skip
+    lines += [*_table(header, rows), ""]
+    for m in r["methods"].values():
+        if "failed" in m:
+            who = f"{m['label']} ({' '.join(filter(None, (m['package'], m.get('version'))))})"
+            lines += [f"{who} does not run here: `{m['failed']}`", ""]
+    lines += [
+        "![held-out loss against tokens and against seconds](chunkft.png)",
+        "",
+        "| | package | what it is |",
+        "|---|---|---|",
+        *(f"| {m['label']} | {m['package']} {m.get('version', '')} | {m['about']} |" for m in r["methods"].values()),
+        "",
+    ]
+    if "ratio" in pair:
+        lines += [
+            f"In turn in one process, {pair['rounds']} updates each, every chunk equally often: ChunkFT (N = 8) takes "
+            f"{pair['ratio']:.3f} of fused AdamW's time (ratio of medians; of means {pair['ratio_of_means']:.3f}).",
+            "",
+        ]
+    verdicts = [
+        [t["target"], f"{t['figure']:.3f}", f"{t['limit']:g}", "met" if t["met"] else "missed"] for t in r["targets"]
+    ]
+    return "\n".join(lines + _table(["target", "figure", "limit", ""], verdicts))
+
+
 PARTS = {
+    "chunkft": ("docs/chunkft.md", chunkft),
     "linear_loss_cpu": ("docs/linear_loss.md", linear_loss_cpu),
     "correctness": ("docs/linear_loss.md", correctness),
     "target_sft": ("docs/target_sft.md", target_sft),

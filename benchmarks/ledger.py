@@ -2,10 +2,12 @@
 
     python benchmarks/ledger.py               # ours, Liger's and TRL's losses on the same tokens: ledger.json
     python benchmarks/ledger.py --ours        # ours only, nothing written
+    python benchmarks/ledger.py --optimizer   # AdamW and the segmented sum only, which it puts into ledger.json
 
 Every unmasked lane of a load or store is counted, by the pointer argument it goes through, and every lane of
 a floating-point operation, masked or not, as hardware runs them.  Ours are held to ``traffic``, exactly: fold
-reads a logit once, and the label's once more; grad reads it once and writes its gradient once.  Exit 1 if not.
+reads a logit once, and the label's once more; grad reads it once and writes its gradient once; AdamW reads an
+element of each buffer once and writes it once.  Exit 1 if not.
 
 A path runs from hidden states (or logits that exist) to gradients through a library's own host code.  Beside
 its kernels stand the bytes of host code's torch operations on tensors as large as the logits: each input read
@@ -39,6 +41,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime import interpreter
 
 import burnish
+from burnish.kernels import adamw_triton, segment_sum_triton
+from burnish.kernels.adamw import QUANT_BLOCK, TILE, AdamWSpec, TileTable, Update
 from burnish.objectives import Objective, confidence_penalty, dft, jsd, kd, nll, reverse_kl, target_sft
 from burnish.ops import gemm
 from burnish.ops.geometry import whole_columns
@@ -76,7 +80,8 @@ class Launch:
                 self.spans.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size(), name))
 
     def argument(self, address: int) -> str:
-        # an argument that stands in for another (INV for none is STATE) counts as the first
+        # an argument that stands in for another (INV for none is STATE) counts as the first; AdamW's weights, which
+        # are no argument, lie outside
         return next((name for first, end, name in self.spans if first <= address < end), "outside")
 
     def size(self, argument: str, columns: int) -> int:
@@ -168,8 +173,10 @@ def traffic(launch: Launch) -> tuple[Counter, Counter]:
         grad   reads N V of Z, N V of T where the gradient depends on it; writes N V of OUT
 
     and scalars: each row of STATE that the flags ask for is read and written once, each row of COEF read once
-    a block of columns.
+    a block of columns.  The other kernels' formulas are their functions'.
     """
+    if launch.kernel in OTHERS:
+        return OTHERS[launch.kernel](launch.args)
     a = launch.args
     n, v = a["Z"].shape
     programs = n * (triton.cdiv(v, a["BLOCK"]) if launch.kernel == "grad_kernel" else 1)
@@ -198,6 +205,40 @@ def traffic(launch: Launch) -> tuple[Counter, Counter]:
     return +reads, +writes
 
 
+def adamw_traffic(a: dict) -> tuple[Counter, Counter]:
+    """AdamW, where tile t has n valid elements, none after an overflow, and w is n rounded up to a multiple of 16.
+
+    Reads w of GRAD, M, V and of MASTER, or n of the weight where there is no master; writes n of the weight, w of M, V
+    and of MASTER; moments of 8 bits: reads and writes ceil(n / BLOCK) scales of each.  And 2 scalars of TABLE, a third
+    where random bits are drawn, and one each of SCALE and FOUND.
+    """
+    tiles = len(a["TABLE"])
+    valid = a["TABLE"][:, 1] * (0 if a["HAS_FOUND"] and float(a["FOUND"]) != 0 else 1)
+    n, w, blocks = (int((-(-valid // unit) * unit).sum()) for unit in (1, 16, a["BLOCK"]))
+    buffers = Counter(M=w, V=w, MASTER=w * a["HAS_MASTER"])
+    if a["QUANTIZED"]:
+        buffers += Counter(M_SCALE=blocks // a["BLOCK"], V_SCALE=blocks // a["BLOCK"])
+    reads = buffers + Counter(GRAD=w, outside=n * (not a["HAS_MASTER"]), SCALE=tiles * a["HAS_SCALE"])
+    reads += Counter(TABLE=tiles * (3 if a["QUANTIZED"] or a["STOCHASTIC"] else 2), FOUND=tiles * a["HAS_FOUND"])
+    return +reads, +(buffers + Counter(outside=n))
+
+
+def segment_sum_traffic(a: dict) -> tuple[Counter, Counter]:
+    """The segmented sum of R rows of D columns, K of whose tokens are in the range and are not the padding's.
+
+    Reads K D of GRAD and writes R D of OUT; and scalars: for each block of columns K of POSITIONS and 2 R of OFFSETS.
+    """
+    rows, columns = a["OUT"].shape
+    counts = a["OFFSETS"].diff()
+    found = int(counts.sum()) - (int(counts[a["padding"]]) if a["padding"] >= 0 else 0)
+    blocks = triton.cdiv(columns, a["BLOCK"])
+    reads = Counter(GRAD=found * columns, POSITIONS=found * blocks, OFFSETS=2 * rows * blocks)
+    return +reads, +Counter(OUT=rows * columns)
+
+
+OTHERS = {"adamw_kernel": adamw_traffic, "segment_sum_kernel": segment_sum_traffic}
+
+
 def violations(launches: list[Launch]) -> list[str]:
     """Where a count of ours differs from the formula.
 
@@ -210,7 +251,8 @@ def violations(launches: list[Launch]) -> list[str]:
         ):
             expected: Counter = Counter()
             for argument, elements in formula.items():
-                expected[launch.argument(launch.args[argument].data_ptr())] += elements
+                known = argument if argument == "outside" else launch.argument(launch.args[argument].data_ptr())
+                expected[known] += elements
             if found != expected:
                 wrong.append(f"{launch.kernel} {what} {dict(found)}, formula {dict(expected)}")
     return wrong
@@ -356,6 +398,52 @@ def run(path: peers.Path, dtype: torch.dtype, columns: int) -> dict:
     }  # fmt: skip
 
 
+#: Elements of the segments, and (weights, variant) of AdamW.
+SEGMENTS = (4096, 5003, 300)
+ADAMW = {
+    "fp32": (torch.float32, AdamWSpec()), "fp32, 8bit": (torch.float32, AdamWSpec("8bit")),
+    "bf16": (torch.bfloat16, AdamWSpec(rounding="stochastic")),
+    "bf16, 8bit": (torch.bfloat16, AdamWSpec("8bit", "stochastic")),
+    "bf16, master": (torch.bfloat16, AdamWSpec(master=True)),
+    "bf16, master, 8bit": (torch.bfloat16, AdamWSpec("8bit", master=True)),
+}  # fmt: skip
+
+
+def launch_adamw(dtype: torch.dtype, spec: AdamWSpec, sizes=SEGMENTS, found_inf: float = 0.0) -> list[torch.Tensor]:
+    """One step on zeros; returns the weights."""
+    weights = [torch.zeros(n, dtype=dtype) for n in sizes]
+    table = TileTable.build([(w, 0) for w in weights])
+    n = len(table) * TILE
+    m, v = torch.zeros(2, n, dtype=torch.uint8 if spec.quantized else torch.float32)
+    scales = [torch.zeros(n // QUANT_BLOCK) if spec.quantized else None for _ in range(2)]
+    master, one, found = torch.zeros(n) if spec.master else None, torch.ones(1), torch.tensor([found_inf])
+    adamw_triton.adamw(table, torch.ones(n), master, m, v, *scales, dtype, spec, Update(lr=0.1), one, found)
+    return weights
+
+
+def run_optimizer() -> dict[str, dict]:
+    """Bytes an element of the weights, read and written, of each variant; held to the formula."""
+    table = {}
+    for name, (dtype, spec) in ADAMW.items():
+        with counted() as launches:
+            weights = launch_adamw(dtype, spec)
+        if wrong := violations(launches):
+            raise SystemExit(f"adamw {name}: " + "; ".join(wrong))
+        (launch,) = launches
+        sizes = {x: y.element_size() for x, y in launch.args.items() if isinstance(y, torch.Tensor)}
+        sizes["outside"] = weights[0].element_size()
+        moved = (sum(k * sizes[x] for x, k in counts.items()) for counts in (launch.reads, launch.writes))
+        read, written = (round(size / sum(SEGMENTS), 3) for size in moved)
+        table[name] = {"read": read, "written": written}
+        print(f"adamw {name:<20} bytes an element: {read:>6.2f} read {written:>6.2f} written")
+    grad, tokens, out = torch.ones(97, 3001), torch.arange(97) % 7, torch.empty(4, 3001)
+    with counted() as launches:
+        segment_sum_triton.segment_sum(grad, tokens, 2, 6, 3, out)
+    if wrong := violations(launches):
+        raise SystemExit("segment_sum: " + "; ".join(wrong))
+    return table
+
+
 def show(table: dict[str, dict]) -> None:
     long = max(map(len, table))
     print(f"{'a logit':<{long}} reads  writes  bytes  +host   exp   log  flops")
@@ -369,8 +457,14 @@ def show(table: dict[str, dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ours", action="store_true", help="ours only, nothing written")
+    parser.add_argument("--optimizer", action="store_true", help="AdamW and the segmented sum only")
     arguments = parser.parse_args()
     shim.install()
+    optimizer = run_optimizer()
+    if arguments.optimizer:
+        stored = json.loads(RESULTS.read_text())
+        write({**stored, "segments": SEGMENTS, "optimizer": optimizer}, stored["paths"])
+        return
     found = {} if arguments.ours else peers.versions()
     for library in sorted({"liger", "trl"} - set(found)):
         print(f"{library}: not counted")
@@ -385,8 +479,16 @@ def main() -> None:
     print("ours: every launch reads and writes what the formula says")
     if not arguments.ours:
         head = {"triton": triton.__version__, "rows": ROWS, "columns": COLUMNS, "peers": found}
+        write({**head, "segments": SEGMENTS, "optimizer": optimizer}, table)
+
+
+def write(head: dict, paths: dict[str, dict]) -> None:
+    """ledger.json, with one path or variant a line."""
+    text = json.dumps({**head, "paths": {}, "optimizer": {}}, indent=1)
+    for key, table in (("optimizer", head["optimizer"]), ("paths", paths)):
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(counts)}" for name, counts in table.items())
-        RESULTS.write_text(json.dumps(head, indent=1)[:-2] + ',\n "paths": {\n' + lines + "\n }\n}\n")
+        text = text.replace(f'"{key}": {{}}', f'"{key}": {{\n{lines}\n }}')
+    RESULTS.write_text(text + "\n")
 
 
 if __name__ == "__main__":

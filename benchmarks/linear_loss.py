@@ -43,8 +43,8 @@ from burnish.ops.geometry import DEFAULT_ROWS, DEFAULT_ROWS_GPU
 SHAPES = ["1024,576,49152", "4096,576,49152", "2048,1536,151936"]
 #: FLOPs of the fp64 reference, which fix the rows that errors are measured on.
 ERROR_FLOPS = 1.2e11
-#: The one call for memory may take so many times the cap, where that lets it have all rows.
-MEMORY_CAPS = 3
+#: The one call for memory may take so many seconds, where that lets it have all rows.
+MEMORY_SECONDS = 60.0
 FIRST_PROBE = 32
 
 
@@ -237,7 +237,7 @@ class Cell:
     def memory(self, name: str, rows: int) -> dict:
         way = self.ways[name]
         fits = way.bounded or 40 * self.n * self.v < self.device.free_bytes() / 2
-        if fits and self.whole[name] <= MEMORY_CAPS * self.options.cap:
+        if fits and self.whole[name] <= (3 * self.options.cap if self.options.quick else MEMORY_SECONDS):
             rows = self.n
         call = self.call(name, rows)
         if way.proxy:  # compiling is not running

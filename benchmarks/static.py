@@ -1,4 +1,4 @@
-"""Offline compilation of every row kernel: registers, spills, shared memory, access width.  No GPU needed.
+"""Offline compilation of every kernel: registers, spills, shared memory, access width.  No GPU needed.
 
     python benchmarks/static.py                      # all targets, dtypes and objectives, and peers: static.json
     python benchmarks/static.py --check              # compile and compare with budgets.json; exit 1 if exceeded
@@ -36,7 +36,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from burnish.kernels import rows_triton
+from burnish.kernels import adamw_triton, rows_triton, segment_sum_triton
+from burnish.kernels.adamw import TILE, AdamWSpec
 from burnish.kernels.contract import DIFFERENTIABLE, STATISTICS, RowSpec
 
 RESULTS = Path(__file__).parent / "results" / "static.json"
@@ -105,6 +106,60 @@ def build(
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=target, options={"num_warps": rows_triton.THREADS // target.warp_size})
+
+
+#: Variants of AdamW: moments of 32 and 8 bits, with a master, without one, and rounded by chance.
+ADAMW = {
+    "nearest32": AdamWSpec(), "nearest8": AdamWSpec("8bit"),
+    "master32": AdamWSpec(master=True), "master8": AdamWSpec("8bit", master=True),
+    "stochastic32": AdamWSpec(rounding="stochastic"), "stochastic8": AdamWSpec("8bit", "stochastic"),
+}  # fmt: skip
+
+
+def build_adamw(spec: AdamWSpec, dtype: torch.dtype, target: GPUTarget, *, aligned: bool):
+    """Compile the largest launch, with a scale and found_inf; ``aligned``: weights start at multiples of 16 bytes."""
+    kernel = adamw_triton.adamw_kernel
+    constants = adamw_triton.flags(spec, dtype, scale=True, found_inf=True, aligned=aligned)
+    types = {"TABLE": "*i64"} | dict.fromkeys(("M", "V"), "*u8" if spec.quantized else "*fp32")
+    signature, attrs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        scalar = "i32" if name.endswith("key") else "fp32"
+        signature[name] = types.get(name, "*fp32") if name.isupper() else scalar
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.isupper():
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
+    options = {"num_warps": adamw_triton.THREADS // target.warp_size, "enable_fp_fusion": adamw_triton.FP_FUSION}
+    return triton.compile(source, target=target, options=options)
+
+
+def build_segment_sum(dtype: torch.dtype, target: GPUTarget):
+    kernel = segment_sum_triton.segment_sum_kernel
+    constants = {"ACC": triton.language.float32, "BLOCK": segment_sum_triton.BLOCK}
+    types = {"GRAD": _NAMES[dtype], "POSITIONS": "*i64", "OFFSETS": "*i64", "OUT": "*fp32"}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    wide = [i for i, n in enumerate(kernel.arg_names) if n not in constants and n != "padding"]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in wide})
+    return triton.compile(source, target=target, options={"num_warps": segment_sum_triton.THREADS // target.warp_size})
+
+
+def run_others(targets=TARGETS, dtypes=("fp32", "bf16", "fp16"), variants=ADAMW) -> dict:
+    """{"kernel/variant/dtype/target": counts} of AdamW and of the segmented sum."""
+    table = {}
+    for label, target in targets.items():
+        for dtype_name in dtypes:
+            dtype = DTYPES[dtype_name][0]
+            for name in variants:
+                spec = ADAMW[name]
+                if dtype == torch.float32 and (spec.master or spec.rounding == "stochastic"):
+                    continue
+                for tail, aligned in (("", True), ("-unaligned", False)):
+                    compiled = build_adamw(spec, dtype, target, aligned=aligned)
+                    table[f"adamw/{name}{tail}/{dtype_name}/{label}"] = measure(compiled, target)
+            compiled = build_segment_sum(dtype, target)
+            table[f"segment_sum/sum/{dtype_name}/{label}"] = measure(compiled, target)
+    return table
 
 
 def specialised(launch: peers.Launch) -> tuple[dict, dict, dict]:
@@ -284,7 +339,8 @@ def exceeded(table: dict) -> list[str]:
 def set_budgets() -> None:
     """The most of any dtype, registers rounded up to a multiple of 8: hardware allocates them so."""
     budgets: dict = {}
-    for name, counts in json.loads(RESULTS.read_text())["kernels"].items():
+    result = json.loads(RESULTS.read_text())
+    for name, counts in (result["kernels"] | result["other_kernels"]).items():
         kernel, objective, _, target = name.split("/")
         cell = budgets.setdefault(f"{kernel}/{objective}", {}).setdefault(target, [0, 0])
         cell[0], cell[1] = max(cell[0], -(-counts["registers"] // 8) * 8), max(cell[1], counts["shared"])
@@ -315,7 +371,7 @@ def save(result: dict, to: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--reduced", action="store_true", help="ours only: bf16 and fp32, nll and everything")
+    parser.add_argument("--reduced", action="store_true", help="ours only: bf16 and fp32, few variants")
     parser.add_argument("--check", action="store_true", help="ours only, against budgets.json; writes nothing")
     parser.add_argument("--set-budgets", action="store_true", help="write budgets.json from static.json")
     parser.add_argument("--json", default=str(RESULTS), help="where the counts go; - is the last line of stdout")
@@ -324,8 +380,10 @@ def main() -> int:
         set_budgets()
         return 0
     table = run(**({"dtypes": ("bf16", "fp32"), "specs": ("nll", "everything")} if arguments.reduced else {}))
-    show(table)
-    over = exceeded(table)
+    few = {"dtypes": ("bf16", "fp32"), "variants": ("nearest32", "stochastic8", "master8")}
+    others = run_others(**(few if arguments.reduced else {}))
+    show(table | others)
+    over = exceeded(table | others)
     print("\n".join(over) or "within budgets.json")
     if arguments.check:
         return bool(over)
@@ -339,7 +397,8 @@ def main() -> int:
     result = {
         "triton": triton.__version__, "block": rows_triton.BLOCK, "threads": rows_triton.THREADS, "peers": versions,
         "vocabularies": VOCABULARIES,
-        "kernels": table, "ragged_kernels": ragged, "peer_kernels": peer_table,
+        "tile": TILE, "other_threads": adamw_triton.THREADS,
+        "kernels": table, "ragged_kernels": ragged, "peer_kernels": peer_table, "other_kernels": others,
     }  # fmt: skip
     if arguments.json == "-":
         print(json.dumps(result))

@@ -1,4 +1,4 @@
-"""Which implementation of the row kernels serves a tensor.
+"""Which implementation of the kernels serves a tensor.
 
 ``auto`` follows the device: Triton on CUDA, ROCm and XPU, C++ on the CPU (built at first use), the torch
 twin elsewhere.  A backend that is asked for by name never falls back; ``auto`` falls back with one warning.
@@ -75,9 +75,24 @@ def resolve(backend: str, device: torch.device, *, build: bool = True) -> str:
 
 
 def _host() -> ModuleType:
-    return importlib.import_module(".rows_host", __package__)
+    return importlib.import_module(".host_build", __package__)
+
+
+def module(kind: str, backend: str) -> ModuleType:
+    """The module that implements a kind of kernel ("rows", "adamw", ...) for a resolved backend."""
+    return importlib.import_module(f".{kind}_{backend}", __package__)
 
 
 def rows(backend: str) -> ModuleType:
     """The module with ``fold``, ``fold_jsd`` and ``grad`` for a resolved backend."""
-    return importlib.import_module(f".rows_{backend}", __package__)
+    return module("rows", backend)
+
+
+def adamw(backend: str) -> ModuleType:
+    """The module with ``adamw`` for a resolved backend."""
+    return module("adamw", backend)
+
+
+def segment_sum(backend: str) -> ModuleType:
+    """The module with ``segment_sum`` for a resolved backend; on the CPU it is the torch twin."""
+    return module("segment_sum", "torch" if backend == "host" else backend)

@@ -4,7 +4,8 @@ Importing it touches no device, compiles nothing, reads no environment and impor
 transformers nor TRL; ``burnish.methods`` does.
 """
 
-from . import objectives
+from . import chunkft, objectives
+from .chunkft import ChunkAdamW
 from .objectives import Objective, RowStats, objective
 from .ops.linear_loss import linear_loss
 from .ops.linear_stats import linear_stats
@@ -16,6 +17,6 @@ from .ops.teacher import Teacher
 __version__ = "0.1.0"
 
 __all__ = [
-    "HostSink", "LoRAHead", "Objective", "RowStats", "Teacher", "implied_target", "linear_loss", "linear_stats",
-    "objective", "objectives", "row_loss",
+    "ChunkAdamW", "HostSink", "LoRAHead", "Objective", "RowStats", "Teacher", "chunkft", "implied_target",
+    "linear_loss", "linear_stats", "objective", "objectives", "row_loss",
 ]  # fmt: skip

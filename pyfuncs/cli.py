@@ -1,4 +1,4 @@
-"""The command line: ``burnish sft``, ``burnish demo``, ``burnish objectives``, ``burnish doctor``.
+"""The command line: ``burnish sft``, ``burnish chunkft``, ``burnish demo``, ``burnish objectives``, ``burnish doctor``.
 
 Bad input ends with one line on stderr, ``burnish: error: ...``, and exit code 2.  Subcommands import what
 they need when they run.
@@ -69,6 +69,23 @@ def _parser() -> argparse.ArgumentParser:
             sft.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=option.help + shown)
     sft.add_argument("--objective-arg", action="append", metavar="KEY=VALUE", help="one argument; repeatable")
     sft.set_defaults(run=_sft)
+    chunkft = commands.add_parser("chunkft", help="full fine-tuning, one chunk of the parameters at a time")
+    actions = chunkft.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    cut = actions.add_parser(
+        "plan", help="how a model is cut; reads its config only", description=_chunkft_plan.__doc__
+    )
+    cut.add_argument(
+        "--model", required=True, metavar="MODEL", help="directory with a config.json, hub name, or smollm2"
+    )
+    cut.add_argument("--chunks", required=True, type=int, metavar="N", help="number of chunks")
+    about = "0-D and 1-D parameters: trained in every chunk, or cut like the others (always)"
+    cut.add_argument("--small", choices=("always", "chunk"), default="always", help=about)
+    cut.add_argument("--no-align", action="store_true", help="cut matrices at any row, not at whole tiles")
+    dtypes = ("bfloat16", "float32", "float16")
+    cut.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of the parameters (bfloat16)")
+    cut.add_argument("--batch", type=int, default=1, metavar="ROWS", help="of a micro-batch (1)")
+    cut.add_argument("--seq", type=int, default=1024, metavar="TOKENS", help="of a row (1024)")
+    cut.set_defaults(run=_chunkft_plan)
     demo = commands.add_parser("demo", help="a method at work on this machine, nothing fetched")
     names = demo.add_subparsers(dest="name", required=True, metavar="NAME", parser_class=_Parser)
     one = names.add_parser("sft", help="SmolLM2-135M learns a task by SFT and by Target-SFT", description=_demo.__doc__)
@@ -100,6 +117,23 @@ def _sft(arguments: argparse.Namespace):
     except ImportError as error:
         raise ValueError(f"burnish sft needs its training packages: pip install 'burnish[train]' ({error})") from error
     return lambda: run_sft.train(trainer, data, checkpoint, broken, options)
+
+
+def _chunkft_plan(arguments: argparse.Namespace) -> None:
+    """Print the rows, elements and bytes of each chunk, and the memory that training takes; no weights are read."""
+    import torch
+
+    from .chunkft import plan
+
+    try:
+        from .methods.chunkft_plan import empty_model, report
+
+        dtype = getattr(torch, arguments.dtype)
+        model = empty_model(arguments.model, dtype)
+    except ImportError as error:
+        raise ValueError(f"burnish chunkft plan needs transformers: pip install 'burnish[train]' ({error})") from error
+    cut = plan(model, arguments.chunks, small=arguments.small, align=not arguments.no_align)
+    print(report(model, cut, arguments.batch, arguments.seq))
 
 
 def _demo(arguments: argparse.Namespace):

@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def script(monkeypatch):
     """Imports a script of benchmarks/ as it would import its neighbours."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("peers", "linear_loss", "docs")
+    names = ("peers", "linear_loss", "docs", "target_sft", "chunkft")
     yield importlib.import_module
     for name in names:
         sys.modules.pop(name, None)
@@ -89,3 +89,45 @@ def test_memory_of_the_process_sees_a_buffer(script):
     if extra is None:
         pytest.skip("this system does not tell")
     assert 60 << 20 < extra < 80 << 20
+
+
+def test_chunkft_script(script, monkeypatch, tmp_path, capsys, one_thread):
+    study, module, out = script("target_sft"), script("chunkft"), tmp_path / "chunkft.json"
+    study.model(study.Settings(width=64, layers=3), 0).save_pretrained(tmp_path / "model")
+    study.tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(module, "TASKS", {"spell_backward": module.TASKS["spell_backward"]})
+    sizes = {"length": 80, "updates": 8, "batch": 1, "held-out": 2, "evaluations": 2, "rounds": 2}
+    methods = ["adamw", "adamw_default", "chunkft_8", "adalomo", "lora", "pair"]
+    command = ["x", "--model", str(tmp_path / "model"), "--one-process", "--output", str(out), "--methods", *methods]
+    command += [str(part) for name, size in sizes.items() for part in (f"--{name}", size)]
+    monkeypatch.setattr(sys, "argv", command)
+    module.main()
+    result = json.loads(out.read_text())
+    rows = result["methods"]
+    assert [name for name, row in rows.items() if "failed" in row] == ["adalomo"]  # needs a GPU, or is not installed
+    parameters = 4 * sum(p.numel() for p in study.model(study.Settings(width=64, layers=3), 0).parameters())
+    assert rows["adamw"]["gradients"] == parameters
+    assert 2 * parameters <= rows["adamw"]["state"] < 2.01 * parameters
+    ours = rows["chunkft_8"]
+    assert ours["gradients"] < parameters / 2 and 0 < ours["state"] < parameters and ours["store"] > ours["state"]
+    assert rows["adamw"]["curve"][0]["loss"] == ours["curve"][0]["loss"] == rows["lora"]["curve"][0]["loss"]
+    assert [p["tokens"] for p in ours["curve"]] == [0, 320, 640] and not rows["adamw_default"]["curve"]
+    assert len(result["pair"]["seconds"]["chunkft_8"]) == 2 and len(result["targets"]) == 2
+    assert out.with_suffix(".png").exists() and "does not run here" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--resume"])
+    monkeypatch.setattr(module, "work", lambda *_: pytest.fail("a method that was there"))
+    module.main()
+    docs = script("docs")
+    monkeypatch.setattr(docs, "RESULTS", tmp_path)
+    assert "| ChunkFT, N = 8 | 0.0001 |" in docs.chunkft() and "AdaLomo (lomo-optim" in docs.chunkft()
+
+
+def test_chunkft_targets_can_be_missed(script):
+    module = script("chunkft")
+
+    def met(resident, ratio):
+        rows = {"adamw": {"resident": 100}, "chunkft_8": {"resident": resident}}
+        return [t["met"] for t in module.targets({"methods": rows, "pair": {"ratio": ratio}})]
+
+    assert met(16, 0.76) == [False, False] and met(15, 0.75) == [True, True]
+    assert module.targets({"methods": {"chunkft_8": {"failed": "why"}}, "pair": {"failed": "why"}}) == []

@@ -1,1 +1,1 @@
-"""C++ row kernels for the CPU: ``rows.cpp``, loaded by ``burnish.kernels.rows_host``."""
+"""C++ for the CPU, one library: ``rows.cpp`` and ``adamw.cpp``, built by ``burnish.kernels.host_build``."""

@@ -1,9 +1,11 @@
-"""Compiler flags of rows.cpp, for the build at first use and for setup.py, which runs this file alone."""
+"""Sources and compiler flags of the CPU kernels, for the build at first use and for setup.py, which runs this alone."""
 
 from __future__ import annotations
 
 import platform
 import sys
+
+SOURCES = ("rows.cpp", "adamw.cpp")
 
 _INSTRUCTIONS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],

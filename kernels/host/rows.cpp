@@ -31,16 +31,15 @@ The exponential is good to 1.5 units of fp32; below e^-87.3 it is 0.
 Plain C interface, called through ctypes: no Python, no torch types, one small object file. */
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 
-namespace {
+#include "convert.h"
 
-using at::vec::Vectorized;
+namespace {
 
 // contract.STATE and contract.COEF, in order; rows_host.py compares the names
 #define STATE_ROWS(X)                                                                                       \
@@ -55,7 +54,6 @@ using at::vec::Vectorized;
 enum StateRow { STATE_ROWS(STATE_NAME) STATE_COUNT };
 enum CoefRow { COEF_ROWS(COEF_NAME) COEF_COUNT };
 
-enum Type : int32_t { FP32, FP64, BF16, FP16 };
 enum Flag : int32_t {
   TEACHER = 1, MEAN = 2, SQUARE = 4, UNIFORM = 8, OTHER = 16, MIX = 32, FOLD_T = 64, CROSS = 128, T_ENTROPY = 256,
   T_LABEL = 512, HIT = 1024, JSD = 2048, TEMP = 4096, T_TEMP = 8192
@@ -92,18 +90,6 @@ namespace {
 
 template <typename A>
 constexpr A INF = std::numeric_limits<A>::infinity();
-
-template <typename A>
-using Vec = Vectorized<A>;
-
-template <typename A>
-inline Vec<A> load(const A* x) {
-  return Vec<A>::loadu(x);
-}
-
-inline int64_t padded(int64_t n, int64_t width) {
-  return (n + width - 1) / width * width;
-}
 
 // e^x for x <= 0 up to rounding: x = n log 2 + r, a polynomial in r (Cephes), n added to the exponent's bits
 inline Vec<float> exp_(Vec<float> x) {
@@ -192,56 +178,6 @@ inline A dot_finite(const A* e, const A* x, int64_t n) {
 }
 
 // Tiles
-
-inline int64_t item(int32_t type) {
-  return type == FP64 ? 8 : type == FP32 ? 4 : 2;
-}
-
-template <typename S, typename A>
-inline void read_as(const void* from, A* to, int64_t n) {
-  const S* x = static_cast<const S*>(from);
-  int64_t k = 0;
-  if constexpr (at::vec::is_reduced_floating_point_v<S> && std::is_same_v<A, float>) {
-    constexpr int64_t w = Vectorized<S>::size();
-    for (; k + w <= n; k += w) {
-      const auto pair = at::vec::convert_to_float<S>(Vectorized<S>::loadu(x + k));
-      std::get<0>(pair).store(to + k);
-      std::get<1>(pair).store(to + k + w / 2);
-    }
-  }
-  for (; k < n; k++) to[k] = static_cast<A>(x[k]);
-}
-
-template <typename S, typename A>
-inline void write_as(const A* from, void* to, int64_t n) {
-  S* x = static_cast<S*>(to);
-  int64_t k = 0;
-  if constexpr (at::vec::is_reduced_floating_point_v<S> && std::is_same_v<A, float>) {
-    constexpr int64_t w = Vectorized<S>::size(), half = w / 2;
-    for (; k + w <= n; k += w) at::vec::convert_from_float<S>(load(from + k), load(from + k + half)).store(x + k);
-  }
-  for (; k < n; k++) x[k] = static_cast<S>(from[k]);
-}
-
-template <typename A>
-inline void read(const void* from, int32_t type, A* to, int64_t n) {
-  switch (type) {
-    case FP32: return read_as<float>(from, to, n);
-    case FP64: return read_as<double>(from, to, n);
-    case BF16: return read_as<at::BFloat16>(from, to, n);
-    default: return read_as<at::Half>(from, to, n);
-  }
-}
-
-template <typename A>
-inline void write(const A* from, void* to, int32_t type, int64_t n) {
-  switch (type) {
-    case FP32: return write_as<float>(from, to, n);
-    case FP64: return write_as<double>(from, to, n);
-    case BF16: return write_as<at::BFloat16>(from, to, n);
-    default: return write_as<at::Half>(from, to, n);
-  }
-}
 
 template <typename A>
 constexpr int32_t own_type() {
@@ -567,12 +503,6 @@ void over_rows(const Launch& l, F row) {
 }
 
 }  // namespace
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 EXPORT void burnish_fold(const Launch* l, int32_t wide) {
   if (wide) over_rows(*l, [&](int64_t r) { fold_row<double>(*l, r); });

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 
 from .. import objectives
 from ..ops.linear_loss import linear_loss
+from ..ops.live_bytes import LiveBytes
 from ..ops.teacher import Teacher
 from .data import load_task
 from .demo_options import DemoOptions
 from .evaluate import accuracy
-from .measure import LiveBytes
 from .models import load_model
 from .progress import show_loss
 

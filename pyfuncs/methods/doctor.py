@@ -17,7 +17,7 @@ PACKAGES = (
     "numpy", "pyyaml",
 )  # fmt: skip
 #: Each public op and the device kernels it runs on.
-OPS = ("linear_loss", "row_loss")
+OPS = ("linear_loss", "linear_stats", "row_loss", "ChunkAdamW")
 
 
 def report() -> list[tuple[str, str]]:

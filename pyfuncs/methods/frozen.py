@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..ops.lora import LoRAHead
 from ..ops.teacher import Teacher
 from .output_head import backbone, base_model, head_module, output_head
 
@@ -45,7 +44,7 @@ def _run(model: nn.Module, args: tuple, kwargs: dict, keep: slice) -> Teacher:
     kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_TEACHERS}
     hidden = backbone(model)(*args, **kwargs).last_hidden_state[:, keep]
     head = output_head(model)
-    if isinstance(head.weight, LoRAHead):
+    if not isinstance(head.weight, Tensor):
         raise ValueError("a teacher with an adapter on its lm_head: merge it first (merge_and_unload())")
     return Teacher(
         hidden=hidden.to(head.weight.device), weight=head.weight, bias=head.bias, scale=head.scale, softcap=head.softcap

@@ -99,7 +99,7 @@ class FusedHead:
             sequences = _sequences(positions)[:, keep if shift_labels is not None else slice(1, None)].to(device)
 
         def loss_of(hidden: Tensor):
-            head = output_head(model)
+            head = output_head(model, blocks=True)
             return linear_loss(
                 hidden.to(device), head.weight, labels.contiguous(), self.objective, bias=head.bias, teacher=teacher,
                 sequences=sequences, reduction="sum", scale=head.scale, softcap=head.softcap, metrics=self.metrics,

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..chunkft.slices import row_blocks
 from ..ops.lora import LoRAHead
 
 
@@ -16,7 +17,7 @@ from ..ops.lora import LoRAHead
 class OutputHead:
     """z = softcap tanh(scale (h W^T + bias) / softcap); ``softcap`` None leaves the tanh out."""
 
-    weight: Tensor | LoRAHead
+    weight: Tensor | list[Tensor] | LoRAHead
     bias: Tensor | None
     scale: float
     softcap: float | None
@@ -79,20 +80,24 @@ def transforms(config) -> tuple[float, float | None]:
     return float(value) if text.model_type == "hyperclovax" else 1.0 / float(value), softcap
 
 
-def output_head(model: nn.Module) -> OutputHead:
-    """The head as it is now: FSDP and PEFT replace modules, so look it up on each call."""
+def output_head(model: nn.Module, *, blocks: bool = False) -> OutputHead:
+    """The head as it is now: FSDP and PEFT replace modules, so look it up on each call.
+
+    ``blocks``: where ChunkFT trains some of its rows, the weight is a list of row blocks, as ``linear_loss`` takes
+    it, and only those rows' gradient is formed.
+    """
     head = head_module(model)
-    weight: Any = head.weight
+    weight: Any = row_blocks(head) if blocks else head.weight
     bias = getattr(head, "bias", None)
     if hasattr(weight, "ds_id"):
         raise ValueError("DeepSpeed ZeRO-3 partitions the LM head: use ZeRO-2, FSDP2 or DDP")
     adapter = _adapter(head)
     if adapter is None:
-        weight = _whole(weight)
+        weight = weight if isinstance(weight, list) else _whole(weight)
     else:
         a, b, magnitude, scaling, dropout = adapter
         parts = (_whole(a), _whole(b), scaling, None if magnitude is None else _whole(magnitude), dropout)
-        weight = LoRAHead(_whole(weight), *parts)
+        weight = LoRAHead(_whole(head.weight), *parts)
     scale, softcap = transforms(model.config)
     return OutputHead(weight, None if bias is None else _whole(bias), scale, softcap)
 

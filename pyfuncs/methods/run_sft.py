@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import checkpoints
+from .chunked import check_arguments
 from .data import FileData, TaskData, load_data, load_task
 from .models import check_model_name, load_model
 from .processes import speaks, world_size
@@ -39,6 +40,10 @@ def prepare(options: dict[str, Any]):
     objective = resolve_objective(options["objective"], options["objective_args"])
     teacher = None if options["teacher"] == "none" else options["teacher"]
     check_objective(objective, teacher)
+    chunkft = None
+    if options["optimizer"] == "chunkft":
+        chunkft = {"num_chunks": options["chunks"], **options["optimizer_args"]}
+        check_arguments(chunkft, "--optimizer-args")
     data = load_data(options["data"], options["data_args"])
     if options["eval_size"] and not isinstance(data, TaskData):
         raise ValueError("--eval-size needs reasoning-gym data, which can verify an answer")
@@ -63,7 +68,7 @@ def prepare(options: dict[str, Any]):
     try:
         trainer = TargetSFTTrainer(
             model, arguments, train_dataset=Dataset.from_list(data.rows(chat)), processing_class=tokenizer,
-            objective=objective, teacher_model=teacher,
+            objective=objective, teacher_model=teacher, chunkft=chunkft,
         )  # fmt: skip
     except BaseException:
         if not existed:

@@ -79,6 +79,9 @@ OPTIONS: dict[str, Option] = {
     "objective": Option(_text, "target_sft", "a name of `burnish objectives`"),
     "objective_args": Option(_mapping, {}, "YAML or JSON mapping of the objective's arguments"),
     "teacher": Option(_text, "none", "directory or hub name, self (a frozen copy of the start), or none"),
+    "optimizer": Option(_text, "default", "chunkft (all parameters, a chunk at a time), or default (--set optim=...)"),
+    "chunks": Option(_count, 8, "of chunkft: the parameters are cut into so many"),
+    "optimizer_args": Option(_mapping, {}, "YAML or JSON mapping of burnish.ChunkAdamW's further arguments"),
     "output": Option(_text, None, "directory to write checkpoints and the model to"),
     "learning_rate": Option(_positive, 2e-5, "peak learning rate"),
     "batch_size": Option(_count, 8, "rows a micro-batch and process"),
@@ -95,6 +98,7 @@ OPTIONS: dict[str, Option] = {
     "set": Option(_mapping, {}, "mapping of any other trl.SFTConfig field"),
 }
 REQUIRED = ("model", "data", "output")
+OPTIMIZERS = ("default", "chunkft")
 
 
 def merge(flags: dict[str, Any], config: str | None) -> dict[str, Any]:
@@ -119,6 +123,12 @@ def merge(flags: dict[str, Any], config: str | None) -> dict[str, Any]:
             raise ValueError(f"--{name} is required (or {name}: in the YAML file)")
     if out["max_steps"] is not None and out["epochs"] is not None:
         raise ValueError("--max-steps and --epochs exclude each other")
+    if out["optimizer"] not in OPTIMIZERS:
+        raise ValueError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}; got {out['optimizer']!r}")
+    if out["optimizer"] == "default" and out["optimizer_args"]:
+        raise ValueError("--optimizer-args go with --optimizer chunkft; with the default use --set optim_args=...")
+    if out["optimizer"] == "chunkft" and "optim" in out["set"]:
+        raise ValueError("--set optim and --optimizer chunkft exclude each other")
     if out["resume"] and out["overwrite"]:
         raise ValueError("--resume and --overwrite exclude each other")
     return out

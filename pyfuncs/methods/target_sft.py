@@ -10,6 +10,7 @@ from torch import nn
 from trl import SFTTrainer
 
 from ..objectives.base import Objective
+from .chunked import check_arguments, find, trainer_optimizer
 from .frozen import freeze
 from .fused_head import fuse_lm_head
 from .models import PACKAGED, load_model, load_tokenizer
@@ -37,6 +38,8 @@ class TargetSFTTrainer(SFTTrainer):
             starting model), or "base" (a PEFT student with its adapters off).  It is moved to the model's device,
             keeps its dtype, and is neither trained nor saved.
         budget, backend: as in ``burnish.linear_loss``.
+        chunkft: arguments of ``burnish.ChunkAdamW``, which then is the optimizer: all parameters are trained, a chunk
+            at a time.  Rate, decay, clipping and the rest come from ``args``.
 
     Raises ValueError for an unknown objective or argument, a missing teacher, mismatched tokenizers, a
     label outside the vocabulary, data with no label left, and TRL options that would replace the loss.
@@ -46,11 +49,15 @@ class TargetSFTTrainer(SFTTrainer):
 
     def __init__(
         self, model, args=None, *, objective: str | Objective = "target_sft", objective_args: dict | None = None,
-        teacher_model: nn.Module | str | None = None, budget: int | None = None, backend: str = "auto", **options,
+        teacher_model: nn.Module | str | None = None, budget: int | None = None, backend: str = "auto",
+        chunkft: dict[str, Any] | None = None, **options,
     ):  # fmt: skip
         self.objective: Objective = resolve_objective(objective, objective_args)
         check_objective(self.objective, teacher_model)
         _check_options(args, options)
+        self._chunkft = chunkft
+        if chunkft is not None:
+            check_arguments(chunkft)
         if teacher_model is not None and "teacher" not in self.objective.needs:
             warnings.warn(f"objective {self.objective!r} reads no teacher: teacher_model is not used", stacklevel=2)
             teacher_model = None
@@ -96,6 +103,18 @@ class TargetSFTTrainer(SFTTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         allow_sharding_on_cpu(self.args)
         super().create_accelerator_and_postprocess()
+
+    def create_optimizer(self, model=None):
+        if self._chunkft is not None and self.optimizer is None:
+            self.optimizer = trainer_optimizer(self, self.model if model is None else model, self._chunkft)
+        return super().create_optimizer(model)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        chunked = find(self.optimizer)
+        if chunked is not None:
+            chunked.observe(loss)
+        return loss
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         dataset = super()._prepare_dataset(dataset, *args, **kwargs)

@@ -1,9 +1,9 @@
-"""Two orders of work, "compute" and "copy", and the events between them.
+"""Orders of work, "compute", "copy" (to the host) and "fetch" (from it), and the events between them.
 
 Code that hands a buffer from one to the other is written against ``Streams``.  On a GPU they are CUDA streams.  On
 the CPU ``RecordedStreams`` runs the same code and proves its order: each access to a buffer is recorded with a vector
-clock, ``check()`` names every pair of conflicting accesses that no chain of events orders, and work on "copy" is put
-off until something waits for it, so that a missing wait shows in the numbers as well.
+clock, ``check()`` names every pair of conflicting accesses that no chain of events orders, and work on "copy" and
+"fetch" is put off until something waits for it, so that a missing wait shows in the numbers as well.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COMPUTE, COPY, HOST = "compute", "copy", "host"
+COMPUTE, COPY, FETCH, HOST = "compute", "copy", "fetch", "host"
+_SIDE = (COPY, FETCH)
 
 
 class Streams:
-    """The current CUDA stream as "compute", a stream of our own as "copy", and the host."""
+    """The current CUDA stream as "compute", streams of our own as "copy" and "fetch", and the host."""
 
     def __init__(self, device: torch.device):
-        self._streams = {COPY: torch.cuda.Stream(device)}
+        self._streams = {name: torch.cuda.Stream(device) for name in _SIDE}
         self._device = device
 
     def _stream(self, name: str):
@@ -68,13 +69,13 @@ class RecordedStreams:
     """``Streams`` without a GPU: the same calls, recorded, and the copies done as late as the events allow."""
 
     accesses: list[_Access] = field(default_factory=list)
-    clocks: dict[str, dict[str, int]] = field(default_factory=lambda: {COMPUTE: {}, COPY: {}, HOST: {}})
-    pending: list[tuple[int, Callable[[], Any]]] = field(default_factory=list)
+    clocks: dict[str, dict[str, int]] = field(default_factory=lambda: {s: {} for s in (COMPUTE, *_SIDE, HOST)})
+    pending: dict[str, list[tuple[int, Callable[[], Any]]]] = field(default_factory=lambda: {s: [] for s in _SIDE})
 
     def run(self, name: str, work: Callable[[], Any], *, reads: Sequence[Tensor] = (), writes: Sequence[Tensor] = ()):
         clock = self.clocks[name]
         clock[name] = clock.get(name, 0) + 1
-        if name in (COMPUTE, COPY):  # what the host has seen done is done for whatever it enqueues next
+        if name != HOST:  # what the host has seen done is done for whatever it enqueues next
             self._merge(name, self.clocks[HOST])
         for tensors, write in ((reads, False), (writes, True)):
             for x in tensors:
@@ -83,8 +84,8 @@ class RecordedStreams:
                 self.accesses.append(
                     _Access(name, clock[name], dict(clock), first, first + size * bool(x.numel()), write)
                 )
-        if name == COPY:
-            self.pending.append((clock[name], work))
+        if name in _SIDE:
+            self.pending[name].append((clock[name], work))
             return None
         return work()
 
@@ -93,9 +94,9 @@ class RecordedStreams:
 
     def wait(self, name: str, event: _Event) -> None:
         self._merge(name, event.clock)
-        due = event.clock.get(COPY, 0)
-        while self.pending and self.pending[0][0] <= due:
-            self.pending.pop(0)[1]()
+        for side, pending in self.pending.items():
+            while pending and pending[0][0] <= event.clock.get(side, 0):
+                pending.pop(0)[1]()
 
     def _merge(self, name: str, clock: dict[str, int]) -> None:
         mine = self.clocks[name]

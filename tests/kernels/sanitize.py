@@ -1,30 +1,36 @@
-"""triton-viz's sanitizer over the row kernels: for each name, "clean" or a report and "caught".
+"""triton-viz's sanitizer over the kernels: for each name, "clean" or a report and "caught".
 
-    python tests/kernels/sanitize.py fold jsd grad
+    python tests/kernels/sanitize.py fold jsd grad adamw segment_sum
     python tests/kernels/sanitize.py broken-load broken-store broken-fold       # the harness at work
+    python tests/kernels/sanitize.py broken-adamw broken-segment_sum
 
 A process of its own: triton-viz rewrites the interpreter, and reads its settings on import.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("ENABLE_SANITIZER", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 import triton_viz
 from rowcheck import problem, spec_of
+from triton.runtime import interpreter
 from triton_viz.clients import Sanitizer
 from triton_viz.core.trace import launches
 
-from burnish.kernels import rows_triton
+from burnish.kernels import adamw_triton, rows_triton, segment_sum_triton
+from burnish.kernels.adamw import QUANT_BLOCK, TILE, AdamWSpec, TileTable, Update
 from burnish.kernels.contract import COEF, STATISTICS, new_state
 
 
@@ -44,6 +50,39 @@ def watched(kernel):
     return triton_viz.trace(Sanitizer(abort_on_error=True))(kernel)
 
 
+@contextlib.contextmanager
+def bounded(*tensors):
+    """The interpreter stops at an access outside the tensors.
+
+    For kernels whose addresses come from memory: the symbolic sanitizer does not follow those, so this looks at each
+    address of the launches that are made, and at no other.
+    """
+    spans = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in tensors if x is not None]
+
+    def look(pointers, mask):
+        for at in np.broadcast_to(pointers.data, mask.data.shape)[mask.data].ravel().tolist():
+            size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+            if not any(begin <= at and at + size <= end for begin, end in spans):
+                raise SystemExit(f"an access at {at:#x} is in none of {len(spans)} tensors")
+
+    builder = interpreter.InterpreterBuilder
+    real_load, real_store = builder.create_masked_load, builder.create_masked_store
+
+    def load(self, pointers, mask, *rest):
+        look(pointers, mask)
+        return real_load(self, pointers, mask, *rest)
+
+    def store(self, pointers, value, mask, *rest):
+        look(pointers, mask)
+        return real_store(self, pointers, value, mask, *rest)
+
+    with (
+        mock.patch.object(builder, "create_masked_load", load),
+        mock.patch.object(builder, "create_masked_store", store),
+    ):
+        yield
+
+
 class OneColumnTooMany:
     """A fold kernel that is told of a column that the tile does not have."""
 
@@ -61,6 +100,8 @@ def run(what: str) -> None:
         kernel[(3,)](torch.zeros(37), torch.zeros(37), 37, BLOCK=16)
         return
     broken, what = what.startswith("broken-"), what.removeprefix("broken-")
+    if what in ("adamw", "segment_sum"):
+        return {"adamw": run_adamw, "segment_sum": run_segment_sum}[what](broken)
     name = f"{what}_kernel"
     kernel = watched(getattr(rows_triton, name))
     setattr(rows_triton, name, OneColumnTooMany(kernel) if broken else kernel)
@@ -84,6 +125,47 @@ def run(what: str) -> None:
                     p.tile, p.teacher, torch.zeros_like(p.tile), torch.zeros(len(COEF), 3), p.target, spec, start=start,
                     ids=p.ids if spec.has("ids") else None, ids_grad=p.upstream["ids"].float(), **temps,
                 )  # fmt: skip
+
+
+def run_adamw(broken: bool) -> None:
+    """Every kind of launch over whole and ragged tiles; or a table that has an element too many."""
+    for dtype, spec in (
+        (torch.float32, AdamWSpec()), (torch.float32, AdamWSpec("8bit")), (torch.bfloat16, AdamWSpec(master=True)),
+        (torch.float16, AdamWSpec("8bit", "stochastic")),
+    ):  # fmt: skip
+        weights = [torch.zeros(n, dtype=dtype) for n in (TILE + 37, 1, 256, TILE - 1)]
+        table = TileTable.build([(w, 0) for w in weights])
+        n, blocks = len(table) * TILE, len(table) * TILE // QUANT_BLOCK
+        moment = torch.uint8 if spec.quantized else torch.float32
+        m_scale, v_scale = (torch.zeros(blocks) if spec.quantized else None for _ in range(2))
+        master = torch.zeros(n) if spec.master else None
+        grad, scale, found_inf = torch.zeros(n), torch.ones(1), torch.zeros(1)
+        m, v = torch.zeros(n, dtype=moment), torch.zeros(n, dtype=moment)
+        table.table[1, 1] += broken
+        with bounded(*weights, table.table, grad, master, m, v, m_scale, v_scale, scale, found_inf):
+            adamw_triton.adamw(
+                table, grad, master, m, v, m_scale, v_scale, dtype, spec, Update(lr=0.1), scale, found_inf
+            )
+        launches.append("adamw")
+
+
+def run_segment_sum(broken: bool) -> None:
+    """Ragged columns, no row, no token; tokens beyond the range and -1; or a position beyond the last row."""
+    segment_sum_triton.BLOCK = 16
+    if broken:
+        real = segment_sum_triton.by_token
+        segment_sum_triton.by_token = lambda *a: tuple(x + one for x, one in zip(real(*a), (1, 0), strict=True))
+    for m, d in ((7, 37), (3, 16), (0, 5), (5, 1)):
+        tokens, grad, out = torch.arange(m) % 5 - 1, torch.zeros(m, d), torch.zeros(2, d)
+        tokens[m - 1 :] = 2  # the last row counts
+        # sorting makes tensors of its own: what it hands to the kernel is allowed, and nothing beside it
+        positions, offsets = segment_sum_triton.by_token(tokens, 1, 3)
+        with (
+            mock.patch.object(segment_sum_triton, "by_token", lambda *_, p=positions, o=offsets: (p, o)),
+            bounded(grad, positions, offsets, out),
+        ):
+            segment_sum_triton.segment_sum(grad, tokens, 1, 3, None, out)
+        launches.append("segment_sum")
 
 
 if __name__ == "__main__":

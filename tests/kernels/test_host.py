@@ -12,7 +12,7 @@ import pytest
 import torch
 from rowcheck import FOLDED, fold, grad, problem, spec_of
 
-from burnish.kernels import dispatch, rows_host
+from burnish.kernels import dispatch, host_build, rows_host
 from burnish.kernels.contract import COEF, COEF_INDEX, new_state
 
 ALL = (*FOLDED, "ids")
@@ -156,8 +156,8 @@ def test_teacher_of_another_dtype():
 
 PREAMBLE = """
 import logging, warnings, torch
-from burnish.kernels import dispatch, rows_host
-rows_host._prebuilt = lambda: None
+from burnish.kernels import dispatch, host_build, rows_host
+host_build._prebuilt = lambda: None
 cpu = torch.device("cpu")
 """
 FALLBACK = (
@@ -204,7 +204,7 @@ def test_a_library_that_computes_wrongly_is_not_used(tmp_path):
 from burnish.kernels import rows_torch
 transform = rows_torch.transform
 rows_torch.transform = lambda raw, *a: transform(raw * 1.01, *a)  # as good as a wrong library
-print(dispatch.resolve("auto", cpu), rows_host._cached().exists(), rows_host._reason)
+print(dispatch.resolve("auto", cpu), host_build._cached().exists(), host_build._reason)
 """
     )
     done = python(code, TORCH_EXTENSIONS_DIR=str(tmp_path))
@@ -245,15 +245,15 @@ def test_a_library_built_ahead_is_used(tmp_path):
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp",
          str(tmp_path / "tmp")], cwd=root, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PATH": os.pathsep.join([os.environ["PATH"], rows_host._ninja_folder() or ""])},
+        env={**os.environ, "PATH": os.pathsep.join([os.environ["PATH"], host_build._ninja_folder() or ""])},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (built,) = (tmp_path / "lib").rglob("_host*.so")
     code = f"""
 import burnish.kernels, torch
 burnish.kernels.__path__.append({str(built.parent)!r})
-from burnish.kernels import dispatch, rows_host
-assert str(rows_host._prebuilt()) == {str(built)!r}, rows_host._prebuilt()
+from burnish.kernels import dispatch, host_build, rows_host
+assert str(host_build._prebuilt()) == {str(built)!r}, host_build._prebuilt()
 assert rows_host.obstacle() is None
 print(rows_host.library()._name, dispatch.resolve("auto", torch.device("cpu")))
 """
@@ -262,16 +262,18 @@ print(rows_host.library()._name, dispatch.resolve("auto", torch.device("cpu")))
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("source", host_build.SOURCES)
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512", "DEFAULT"])
-def test_compiles_for_each_instruction_set(capability, tmp_path):
+def test_compiles_for_each_instruction_set(capability, source, tmp_path):
     """Those that this machine lacks as well: compiled and not run."""
     if platform.machine() != "x86_64":
         pytest.skip("flags of x86-64")
     include = Path(torch.__file__).parent / "include"
     done = subprocess.run(
         # the last warning that is switched off is of GCC 12's own header
-        ["c++", "-std=c++20", "-fPIC", *rows_host.compiler_flags(capability), "-O1", "-Wall", "-Werror",
+        ["c++", "-std=c++20", "-fPIC", *host_build.compiler_flags(capability), "-O1", "-Wall", "-Werror",
          "-Wno-ignored-attributes", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-isystem", str(include),
-         "-c", str(rows_host.SOURCE), "-o", str(tmp_path / "rows.o")], capture_output=True, text=True, timeout=300,
+         "-c", str(host_build.FOLDER / source), "-o", str(tmp_path / "object.o")], capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import ledger
 
-from burnish.kernels import rows_triton
+from burnish.kernels import rows_triton, segment_sum_triton
 from burnish.kernels.contract import COEF, STATISTICS, new_state
 
 N, V = 3, 37
@@ -81,6 +81,33 @@ def test_ours_issue_what_the_formula_says(small_blocks, stats, dtype, columns, s
     assert len(launches) == 2 + spec.has("jsd")
     assert ledger.violations(launches) == []
     launches[0].reads["Z"] += 1
+    assert ledger.violations(launches) != []
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+@pytest.mark.parametrize("name", ledger.ADAMW)
+def test_adamw_issues_what_the_formula_says(name, found_inf):
+    """Whole tiles, ragged ones, one element; after an overflow nothing but scalars is read, and nothing is written."""
+    with ledger.counted() as launches:
+        ledger.launch_adamw(*ledger.ADAMW[name], sizes=(2048, 1, 1025, 300, 16), found_inf=found_inf)
+    (launch,) = launches
+    assert ledger.violations(launches) == []
+    assert bool(launch.writes) != bool(found_inf) and launch.reads["GRAD"] == (0 if found_inf else 3424)
+    launch.reads["GRAD"] += 1
+    assert ledger.violations(launches) != []
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3, 9])
+def test_a_segmented_sum_issues_what_the_formula_says(padding_idx, monkeypatch):
+    monkeypatch.setattr(segment_sum_triton, "BLOCK", 16)
+    tokens = torch.arange(29) % 7 - 1
+    with ledger.counted() as launches:
+        segment_sum_triton.segment_sum(torch.ones(29, V), tokens, 2, 6, padding_idx, torch.empty(4, V))
+    (launch,) = launches
+    assert ledger.violations(launches) == []
+    found = sum(2 <= t < 6 and t != padding_idx for t in tokens.tolist())
+    assert (launch.reads["GRAD"], launch.writes) == (found * V, {"OUT": 4 * V})
+    launch.writes["OUT"] -= 1
     assert ledger.violations(launches) != []
 
 

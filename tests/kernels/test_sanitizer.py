@@ -1,4 +1,4 @@
-"""No row kernel can access memory outside its tensors, proved by triton-viz's symbolic sanitizer."""
+"""No kernel accesses memory outside its tensors: of row kernels proved by triton-viz's symbolic sanitizer."""
 
 from __future__ import annotations
 
@@ -32,4 +32,12 @@ def test_the_sanitizer_catches_broken_kernels():
     """A load and a store without a right mask, and fold told of one column too many."""
     out = _sanitize("broken-load", "broken-store", "broken-fold")
     for kernel in ("broken-load", "broken-store", "broken-fold"):
+        assert f"{kernel}: caught" in out, out[-4000:]
+
+
+def test_kernels_whose_addresses_come_from_memory_stay_within_their_tensors():
+    """AdamW's tiles and a segment's rows: every address of some launches, and the check at work on a broken table."""
+    out = _sanitize("adamw", "segment_sum", "broken-adamw", "broken-segment_sum")
+    assert "\nadamw: clean, 4 launches\nsegment_sum: clean, 4 launches\n" in "\n" + out, out[-4000:]
+    for kernel in ("broken-adamw", "broken-segment_sum"):
         assert f"{kernel}: caught" in out, out[-4000:]

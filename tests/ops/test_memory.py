@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from burnish import Teacher, linear_loss, objectives, row_loss
-from burnish.methods.measure import LiveBytes
 from burnish.ops import geometry
+from burnish.ops.live_bytes import LiveBytes
 
 V, H = 1024, 32
 
