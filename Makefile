@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.*
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench bench-chunkft gpu lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,16 @@ bench: $(VENV)/.peers  ## measured on this machine, results in benchmarks/result
 	$(BIN)/python benchmarks/static.py
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/target_sft.py
+	$(BIN)/python benchmarks/docs.py
+
+$(VENV)/.tuners: $(VENV)/.installed  # other ways to tune in little memory; torchao apart, since peft imports it where it is
+	$(BIN)/pip install --quiet --no-deps badam==1.4 galore-torch==1.0 lomo-optim==0.1.1 apollo-torch==1.0.3
+	$(BIN)/pip install --quiet --no-deps --target runs/peers torchao==0.18.0
+	touch $@
+
+bench-chunkft: $(VENV)/.tuners  ## ChunkFT beside other optimizers on SmolLM2-135M, about 35 minutes on two cores
+	$(BIN)/python benchmarks/chunkft_memory.py
+	$(BIN)/python benchmarks/chunkft.py
 	$(BIN)/python benchmarks/docs.py
 
 gpu: $(VENV)/.peers  ## the tests and timings on a GPU; results named by device and versions

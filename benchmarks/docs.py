@@ -465,7 +465,24 @@ def chunkft() -> str:
     return "\n".join(lines + _table(["target", "figure", "limit", ""], verdicts))
 
 
+def chunkft_memory() -> str:
+    r = json.loads((RESULTS / "chunkft_memory.json").read_text())
+    header = ["", "parameters", "N", "state", "weights", "gradients", "ring", "activations", "device, peak", "host"]
+    gb = ("weights", "gradients", "ring", "activations", "device, peak", "host, states at rest")
+    rows = [
+        [m["model"], f"{m['parameters'] / 1e9:.3f} B", str(m["chunks"]), m["states"]]
+        + [f"{m[k] / 1e9:.2f}" for k in gb]
+        for m in r["rows"]
+    ]
+    about = (
+        f"GB, predicted for {r['batch']} x {r['seq']} tokens, {r['dtype']}, non-reentrant checkpointing, the model's "
+        "own loss on whole logits (`python benchmarks/chunkft_memory.py`, benchmarks/results/chunkft_memory.json):"
+    )
+    return "\n".join([about, "", *_table(header, rows)])
+
+
 PARTS = {
+    "chunkft memory": ("docs/chunkft.md", chunkft_memory),
     "chunkft": ("docs/chunkft.md", chunkft),
     "linear_loss_cpu": ("docs/linear_loss.md", linear_loss_cpu),
     "correctness": ("docs/linear_loss.md", correctness),

@@ -134,7 +134,11 @@ class ChunkAdamW(torch.optim.Optimizer):
             raise ValueError(f"num_chunks is {num_chunks}, but plan has {plan.num_chunks}")
         self.plan = plan
         segments = [*plan.always, *(s for chunk in plan.chunks for s in chunk)]
+        undecayed = _matching(no_decay, [s.name for s in segments])
         parameters = dict(model.named_parameters())
+        for s in plan.parameters:
+            if s.name not in parameters or tuple(parameters[s.name].shape) != s.shape:
+                raise ValueError(f"plan is of another model: this one has no parameter {s.name} {s.shape}")
         self.replicas = Replicas([parameters[s.name] for s in segments], group)
         self.slices = Slices(model, plan)
         self.rotation = Rotation(plan.num_chunks, steps_per_chunk, order, seed)
@@ -145,7 +149,6 @@ class ChunkAdamW(torch.optim.Optimizer):
         self.updates = 0  # successful ones
         self._ring: Ring | None = None
         self._lrs: list[float] = []  # of this cycle
-        undecayed = {s.name for s in segments if any(fnmatch.fnmatchcase(s.name, p) for p in no_decay)}
         self._parts = [self._part(chunk, undecayed) for chunk in self.plan.chunks]
         self._always = self._part(self.plan.always, undecayed)
         self.device = local_tensor(self.slices.parameters[segments[0].name]).device
@@ -286,6 +289,8 @@ class ChunkAdamW(torch.optim.Optimizer):
         for one, flat, present in work:
             if present:
                 self._update(one, flat, present, scale, found_inf)
+        changed = [self.slices.parameters[piece.own.name] for _, _, present in work for piece in present]
+        torch.autograd.graph.increment_version([local_tensor(p) for p in changed])  # a graph from before is void
         if found_inf is not None and bool(found_inf):  # the one look at the device, where a GradScaler is in use
             return loss
         for _, _, present in work:
@@ -458,6 +463,8 @@ class ChunkAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a ``state_dict()``; ValueError where it is another optimizer's or of another plan."""
+        if not self._ready:
+            raise RuntimeError("this ChunkAdamW was detached")
         if not isinstance(state_dict, dict) or state_dict.get("format") != _FORMAT:
             raise ValueError("this is not the state of a ChunkAdamW of this version")
         for name, value in self._identity().items():
@@ -492,6 +499,16 @@ def _runs(pieces: list[Piece]) -> list[tuple[int, torch.dtype, int, int, int, in
         else:
             runs.append((*key, p.first, p.last))
     return runs
+
+
+def _matching(patterns: Sequence[str], names: list[str]) -> set[str]:
+    out: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = {name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)}
+        if not found:
+            raise ValueError(f"no_decay: {pattern!r} matches no trainable parameter")
+        out |= found
+    return out
 
 
 def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

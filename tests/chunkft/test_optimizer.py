@@ -522,7 +522,7 @@ def test_gradients_are_views_of_one_flat_buffer_of_a_chunk():
     ({"lr_schedule": "x"}, "lr_schedule"), ({"moments": "4bit"}, "moments"), ({"low_precision": "x"}, "low_precision"),
     ({"steps_per_chunk": 0}, "steps_per_chunk"), ({"lr": -1.0}, "lr"), ({"lr": float("nan")}, "lr"),
     ({"betas": (1.0, 0.9)}, "betas"), ({"max_grad_norm": 0.0}, "max_grad_norm"), ({"num_chunks": 10**6}, "num_chunks"),
-    ({"slots": 0}, "slots"),
+    ({"slots": 0}, "slots"), ({"no_decay": ["*nrom*"]}, "no_decay: .*nrom"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(options, match):
     net = Net()
@@ -564,6 +564,39 @@ def test_a_model_that_is_laid_out_anew_is_followed():
         for s in optimizer.slices.active:
             assert s.leaf.data_ptr() == optimizer.slices.weight(s.segment).data_ptr()
     assert same(weights(ours), weights(theirs))
+
+
+def test_a_graph_from_before_an_update_is_refused_as_by_torch():
+    net = Net()
+    optimizer = ChunkAdamW(net, 2, 2)
+    loss = loss_of(net, tokens())
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_compiled_model_is_trained():
+    ours, theirs = Net(), Net()
+    compiled = torch.compile(ours, backend="aot_eager")
+    optimizer, plain = ChunkAdamW(compiled, 2, lr=1e-2), ChunkAdamW(theirs, 2, lr=1e-2)
+    for step in range(4):
+        for net, o in ((compiled, optimizer), (theirs, plain)):
+            loss_of(net, tokens(seed=step)).backward()
+            o.step()
+            o.zero_grad()
+    optimizer.detach()
+    for key, value in weights(theirs).items():
+        torch.testing.assert_close(weights(ours)[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="plan is of another model"):
+        ChunkAdamW(Net(), plan=plan(Net(i=96), 2))
+    net, cut = Net(), plan(Net(), 3)
+    assert ChunkAdamW(net, plan=cut).plan is cut
+    with pytest.raises(ValueError, match="num_chunks is 2, but plan has 3"):
+        ChunkAdamW(Net(), 2, plan=cut)
 
 
 def test_a_step_without_any_gradient_says_so():

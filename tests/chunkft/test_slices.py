@@ -523,3 +523,25 @@ def test_other_refusals():
     turned.weight = nn.Parameter(torch.randn(8, 16).t())
     with pytest.raises(ValueError, match="contiguous"):
         Slices(turned, plan(turned, 2))
+
+
+def test_hooks_on_a_leaf_are_called_in_every_turn_of_its_chunk():
+    net, x, calls = Net(), tokens(), []
+    slices = Slices(net, plan(net, 2))
+    (s, *_) = slices.activate(slices.plan.chunks[0])
+    s.leaf.register_hook(lambda g: calls.append("gradient") or 2 * g)
+    s.leaf.register_post_accumulate_grad_hook(lambda p: calls.append("accumulated"))
+    loss_of(net, x).backward()
+    once = s.leaf.grad.clone()
+    slices.activate(slices.plan.chunks[1])
+    loss_of(net, x).backward()
+    assert calls == ["gradient", "accumulated"]
+    (again, *_) = slices.activate(slices.plan.chunks[0])
+    loss_of(net, x).backward()
+    assert again.leaf is s.leaf and calls == 2 * ["gradient", "accumulated"]
+    assert torch.equal(s.leaf.grad, once)
+    slices.detach()
+    net.zero_grad()
+    loss_of(net, x).backward()
+    rows = slice(s.segment.start, s.segment.stop)
+    assert torch.equal(once, 2 * net.get_parameter(s.segment.name).grad[rows])
