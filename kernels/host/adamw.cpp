@@ -24,7 +24,8 @@ Plain C interface, called through ctypes: no Python, no torch types. */
 
 #include "convert.h"
 
-// torch's sqrt on the CPU where it has MKL, 1 ulp off for one number in six; AdamW is bit-equal to torch's with it only
+// torch's square root where it has MKL.  It need not be the rounded one (on an AMD EPYC it is 1 ulp off for one number
+// in six), and with another AdamW has not the bits of torch.
 #if defined(__GNUC__) && !defined(__APPLE__)
 extern "C" {
 __attribute__((weak)) void vmsSqrt(int64_t n, const float* from, float* to, int64_t mode);
@@ -111,7 +112,8 @@ void unpack(const uint8_t* code, const float* scale, int32_t levels, int64_t n, 
     }
 }
 
-// x[n], zeros up to whole vectors -> codes: worth(c) <= |x| / scale < worth(c + 1), and chance takes one of the two
+// x[n], zeros up to whole vectors -> codes: worth(c) <= |x| / scale < worth(c + 1), and chance takes one of the two.
+// A rounded root may give a code one off where a neighbour is all but certain: chance then takes that one.
 void pack(const float* x, int64_t n, int32_t levels, const uint32_t* h, uint32_t key, uint8_t* code, float* scale) {
   alignas(64) float u[BLOCK] = {}, codes[BLOCK];
   const Vec<float> none(0.0f), one(1.0f), most(static_cast<float>(levels)), unit(1.0f / float(levels)), minus(128.0f);
@@ -127,8 +129,6 @@ void pack(const float* x, int64_t n, int32_t levels, const uint32_t* h, uint32_t
       const auto raw = load(x + k), a = raw.abs() / Vec<float>(top > 0 ? top : 1.0f);
       auto c = (a.sqrt().sqrt() * most).floor();
       c = Vec<float>::blendv(none, Vec<float>::blendv(most, c, c < most), c > none);
-      c = Vec<float>::blendv(c, c - one, worth(c, unit) > a);  // a root is rounded: its code may be one off
-      c = Vec<float>::blendv(c, c + one, (worth(c + one, unit) <= a) & (c < most));
       const auto low = worth(c, unit), high = worth(c + one, unit);
       c = Vec<float>::blendv(c, c + one, (load(u + k) * (high - low) < a - low) & (c < most));
       if (levels == M_LEVELS) c = Vec<float>::blendv(c, c + minus, (raw < none) & (c > none));
