@@ -492,7 +492,10 @@ def adamw_cpu() -> str:
     if not file.exists():
         return NOT_YET
     r = json.loads(file.read_text())
-    names = {"host": "burnish", "fused": "torch, fused=True", "single": "torch, foreach=False"}
+    names = {
+        "host": "burnish", "host, rounded root": "burnish, exact=False", "fused": "torch, fused=True",
+        "single": "torch, foreach=False",
+    }  # fmt: skip
     rows = [
         [f"{m['elements']:,}", f"{m['tensors']:,}", names[m["way"]], "yes" if m["bit_equal"] else f"{m['max_ulp']} ulp",
          f"{m['ms']:.3f}", f"{m['of_fused']:.2f}"]

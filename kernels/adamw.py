@@ -65,12 +65,14 @@ class AdamWSpec:
     """What is compiled into a launch.
 
     moments: "fp32" or "8bit".  master: p is kept in fp32 beside a bf16 or fp16 weight.  rounding: how such a weight
-    without a master is rounded, "nearest" or "stochastic"; of no meaning for fp32 weights.
+    without a master is rounded, "nearest" or "stochastic"; of no meaning for fp32 weights.  exact: on the CPU, torch's
+    own square root, MKL's, which is up to 1 ulp off and takes half of the time; else, and on a GPU, the rounded one.
     """
 
     moments: str = "fp32"
     rounding: str = "nearest"
     master: bool = False
+    exact: bool = True
 
     def __post_init__(self):
         if self.moments not in ("fp32", "8bit"):

@@ -25,7 +25,7 @@ class Launch(ctypes.Structure):
         + [("tiles", ctypes.c_int64)]
         + [(n, ctypes.c_float) for n in ("decay", "weight", "beta2", "rest", "root", "eps", "step")]
         + [(n, ctypes.c_uint32) for n in ("key", "m_key", "v_key", "weight_key")]
-        + [(n, ctypes.c_int32) for n in ("small", "type", "stochastic")]
+        + [(n, ctypes.c_int32) for n in ("small", "type", "stochastic", "exact")]
     )  # fmt: skip
 
 
@@ -75,6 +75,6 @@ def adamw(
     launch = Launch(
         **{name: x.data_ptr() for name, x in operands.items() if x is not None}, **scalars, tiles=len(table),
         key=key["index"], m_key=key["m"], v_key=key["v"], weight_key=key["weight"], type=_TYPES[weights_dtype],
-        stochastic=spec.stochastic(weights_dtype),
+        stochastic=spec.stochastic(weights_dtype), exact=spec.exact,
     )  # fmt: skip
     library().burnish_adamw(launch)

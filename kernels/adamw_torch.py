@@ -51,7 +51,9 @@ def adamw(
             p = (master[own] if spec.master else weight.float()) * (1 - u.lr * u.weight_decay)
             new_m = moment("m", m, m_scale).lerp(g, 1 - u.beta1)
             new_v = (moment("v", v, v_scale) * u.beta2).addcmul_(g, g, value=1 - u.beta2)
-            p.addcdiv_(new_m, (new_v.sqrt() / u.root).add_(u.eps), value=-u.step_size)
+            # a root in fp64 and rounded is the rounded root
+            root = new_v.sqrt() if spec.exact else new_v.double().sqrt().to(new_v.dtype)
+            p.addcdiv_(new_m, (root / u.root).add_(u.eps), value=-u.step_size)
             if spec.master:
                 write(master[own], p)
             write(weight, _round(p, weight.dtype, bits("weight")) if spec.stochastic(weight.dtype) else p)

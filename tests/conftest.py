@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `cases` and `interpreter`
+sys.path.insert(0, str(Path(__file__).parent))  # for `cases`, `interpreter` and `ranks`
 
 GPU = torch.cuda.is_available()
 if not GPU:

@@ -12,6 +12,7 @@ of a segment included, is worked on in buffers.  Every element goes through the 
 depend neither on its place nor on the number of threads.  They are those of torch.optim.AdamW(foreach=False): two
 fused multiply-adds, written as such, and otherwise a rounding an operation.  A compiler may contract a product and a
 sum that it sees into one rounding: where torch rounds in between, there is a store in between, or a sum with -0.
+Where `exact` is not asked for, the square root alone is another: the rounded one.
 
 Plain C interface, called through ctypes: no Python, no torch types. */
 
@@ -64,7 +65,7 @@ struct AdamW {
   int64_t tiles;
   float decay, weight, beta2, rest, root, eps, step;  // contract: Scalars
   uint32_t key, m_key, v_key, weight_key;
-  int32_t small, type, stochastic;
+  int32_t small, type, stochastic, exact;
 };
 
 }  // extern "C"
@@ -206,20 +207,25 @@ void tile(const AdamW& a, int64_t t) {
   }
 
   const Vec<float> part(a.weight), beta2(a.beta2), rest(a.rest);
-  for (int64_t k = 0; k < wide; k += W) {
+  const Vec<float> decay(a.decay), root(a.root), eps(a.eps), step(a.step), none(-0.0f);
+  const auto moments = [&](int64_t k) {
     const auto grad = load(g + k), old = load(m + k);
     at::vec::fmadd(part, grad - old, a.small ? old : grad).store(m + k);
     at::vec::fmadd(rest * grad, grad, load(v + k) * beta2).store(v + k);
-  }
-  if (HAS_MKL) {
+  };
+  const auto move = [&](int64_t k, Vec<float> root_of_v) {
+    const auto by = step * load(m + k) / (root_of_v / root + eps);
+    (at::vec::fmadd(load(p + k), decay, none) + by).store(p + k);  // a product of its own, and then a sum
+  };
+  if (a.exact && HAS_MKL) {
+    for (int64_t k = 0; k < wide; k += W) moments(k);
     vmsSqrt(wide, v, s, MKL_MODE);
+    for (int64_t k = 0; k < wide; k += W) move(k, load(s + k));
   } else {
-    for (int64_t k = 0; k < wide; k += W) load(v + k).sqrt().store(s + k);
-  }
-  const Vec<float> decay(a.decay), root(a.root), eps(a.eps), step(a.step), none(-0.0f);
-  for (int64_t k = 0; k < wide; k += W) {
-    const auto move = step * load(m + k) / (load(s + k) / root + eps);
-    (at::vec::fmadd(load(p + k), decay, none) + move).store(p + k);  // a product of its own, and then a sum
+    for (int64_t k = 0; k < wide; k += W) {
+      moments(k);
+      move(k, load(v + k).sqrt());
+    }
   }
 
   const bool random = a.m_scale || a.stochastic;

@@ -90,6 +90,8 @@ class ChunkAdamW(torch.optim.Optimizer):
         low_precision: of bf16 and fp16 weights: "master", fp32 copies beside the moments; "stochastic", no copy and
             stochastic rounding, deterministic in (seed, update, element).
         moments: "fp32", or "8bit": block-wise codes, rounded stochastically.
+        exact: on the CPU, the bits of torch.optim.AdamW(foreach=False), whose square root takes half the kernel's time;
+            False: the rounded square root, as everywhere on GPUs.
         max_grad_norm: clips the norm over everything active, after the mean over processes.  ``grad_norm`` is the
             last one (a tensor).  Where it is None, clip as usual before ``step()``: in one process only, since
             gradients are reduced in ``step()``.
@@ -109,8 +111,9 @@ class ChunkAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2, *,
         no_decay: Sequence[str] = (), order: str = "ascending", seed: int = 0, state_policy: str = "persist",
         lr_schedule: str = "update", low_precision: str = "master", moments: str = "fp32",
-        max_grad_norm: float | None = None, small: str = "always", align: bool | int = True, whole: Sequence[str] = (),
-        plan: ChunkPlan | None = None, bucket_bytes: int = 64 << 20, slots: int = 3, group=None, backend: str = "auto",
+        exact: bool = True, max_grad_norm: float | None = None, small: str = "always", align: bool | int = True,
+        whole: Sequence[str] = (), plan: ChunkPlan | None = None, bucket_bytes: int = 64 << 20, slots: int = 3,
+        group=None, backend: str = "auto",
     ):  # fmt: skip
         _check_one_of("order", order, ORDERS)
         _check_one_of("state_policy", state_policy, STATE_POLICIES)
@@ -143,7 +146,8 @@ class ChunkAdamW(torch.optim.Optimizer):
         self.slices = Slices(model, plan)
         self.rotation = Rotation(plan.num_chunks, steps_per_chunk, order, seed)
         self.state_policy, self.lr_schedule, self.seed = state_policy, lr_schedule, seed
-        self.low_precision, self.moments, self.max_grad_norm = low_precision, moments, max_grad_norm
+        self.low_precision, self.moments, self.exact = low_precision, moments, exact
+        self.max_grad_norm = max_grad_norm
         self.bucket_bytes, self.ring_slots, self._backend = bucket_bytes, slots, backend
         self.grad_norm: Tensor | None = None
         self.updates = 0  # successful ones
@@ -404,7 +408,7 @@ class ChunkAdamW(torch.optim.Optimizer):
     def _spec(self, dtype: torch.dtype) -> AdamWSpec:
         low = dtype != torch.float32
         master = low and self.low_precision == "master"
-        return AdamWSpec(self.moments, "stochastic" if low and not master else "nearest", master)
+        return AdamWSpec(self.moments, "stochastic" if low and not master else "nearest", master, self.exact)
 
     def _freshen(self, part: Part, first: int, last: int, parts: dict[str, Tensor]) -> None:
         """State that no update has written yet: moments zero, the master its weight."""

@@ -23,8 +23,10 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SPECS = {
     "fp32": (FP32, AdamWSpec()),
     "fp32, 8bit": (FP32, AdamWSpec("8bit")),
+    "fp32, rounded root": (FP32, AdamWSpec(exact=False)),
     "bf16, nearest": (BF16, AdamWSpec()),
     "bf16, master": (BF16, AdamWSpec(master=True)),
+    "bf16, master, rounded root": (BF16, AdamWSpec(master=True, exact=False)),
     "bf16, master, 8bit": (BF16, AdamWSpec("8bit", master=True)),
     "bf16, stochastic": (BF16, AdamWSpec(rounding="stochastic")),
     "bf16, stochastic, 8bit": (BF16, AdamWSpec("8bit", "stochastic")),
