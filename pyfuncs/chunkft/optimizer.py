@@ -476,6 +476,8 @@ class ChunkAdamW(torch.optim.Optimizer):
             if theirs != value:
                 what = "is of another plan: " if name in ("plan", "num_chunks") else ""
                 raise ValueError(f"the optimizer's state {what}has {name} {theirs!r}, this run {value!r}")
+        if self._ring is not None:  # copies of the last update may still be on their way into the slabs
+            self._ring.wait()
         self.rotation.load_state_dict(state_dict["rotation"])
         for part, saved in zip((*self._parts, self._always), state_dict["parts"], strict=True):
             for piece, steps in zip(part.pieces, saved["steps"], strict=True):

@@ -189,10 +189,7 @@ class Slices:
             leaf = nn.Parameter(rows)
             leaf.grad_dtype = accumulator(p.dtype)  # type: ignore[attr-defined]
             self._cache[s] = Slice(s, leaf)
-        found = self._cache[s]
-        if not is_dtensor(p):
-            found.leaf.data = self.weight(s)  # the model may have been moved since
-        return found
+        return self._cache[s]
 
     def activate(self, segments: Iterable[Segment]) -> list[Slice]:
         """Make these segments the ones that train; the former ones lose their gradients."""
@@ -205,6 +202,7 @@ class Slices:
             self.container.register_parameter(label, s.leaf)
             for module, name in self.owners[segment.name]:
                 named.setdefault(module, {})[name] = s
+        self.follow()  # leaves of an earlier cycle: the model may have been laid out anew since
         for module, slices in named.items():
             cls = type(module)
             self._classes[module] = cls

@@ -21,9 +21,6 @@ from torch import Tensor
 from ..kernels.adamw import QUANT_BLOCK, TILE
 from ..ops.streams import COMPUTE, COPY, FETCH, HOST, RecordedStreams, Streams
 
-#: Names of a slab's parts in their order.
-PARTS = ("master", "m", "v", "m_scale", "v_scale")
-
 
 def layout(tiles: int, *, master: bool, moments: str) -> dict[str, tuple[int, torch.dtype]]:
     """{part: (elements, dtype)} of the state of so many tiles."""
