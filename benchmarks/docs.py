@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -525,7 +526,114 @@ def chunkft_memory() -> str:
     return "\n".join([about, "", *_table(header, rows)])
 
 
+def attention_kernels() -> str:
+    r = json.loads((RESULTS / "static.json").read_text())
+    kernels = r["attention_kernels"]
+    spilled = sum(any(k["spills"]) for k in kernels.values())
+    lines = [
+        f"{len(kernels)} compilations with triton {r['triton']}, {spilled} with a spill (`benchmarks/static.py`): "
+        "registers a thread, bytes of shared memory a block. out: out alone; biased: with entropy, lse and a bias.",
+        "",
+    ]
+    rows = []
+    for name in dict.fromkeys("/".join(name.split("/")[:3]) for name in kernels if "/fp16/" not in name):
+        found = [kernels[f"{name}/{target}"] for target in TARGETS]
+        rows.append([name.replace("/", ", "), *(str(k["registers"]) for k in found), _each(k["shared"] for k in found)])
+    return "\n".join([*lines, *_table(["kernel, variant and head dimension, dtype", *TARGETS, "shared"], rows)])
+
+
+def _tokens() -> dict:
+    file = RESULTS / "tokens_cpu.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def tokens_layer() -> str:
+    r = _tokens()
+    if "layer" not in r:
+        return NOT_YET
+    layer, s = r["layer"], r["layer"]["shape"]
+    cases = {"shared": "one list for all", "frame": "a list a frame", "head": "a list a head"}
+
+    def milliseconds(times):
+        return f"{median(times) * 1e3:,.0f}"
+
+    rows = []
+    for m in layer["rows"]:
+        start = [cases[m["case"]], f"{m['keys']:,}" if m["way"] != "dense" else "all", m["way"]]
+        if "failed" in m:
+            rows.append([*start, "-", f"failed: {m['failed'][:60]}", "-", "-", "-", "-", "-"])
+            continue
+        both = "both_seconds" in m
+        rows.append([
+            *start, f"{m['error']:.1e}" if "error" in m else "-", milliseconds(m["seconds"]),
+            f"{m['of_dense_by_flops']:.2f}" if "of_dense_by_flops" in m else "1",
+            f"{m['useful_flops'] / 1e9:.0f}", f"{m['extra_bytes'] / 2**20:,.0f}",
+            milliseconds(m["both_seconds"]) if both else f"failed: {m['both_failed'][:40]}",
+            f"{m['both_extra_bytes'] / 2**20:,.0f}" if both else "-",
+        ])  # fmt: skip
+    h, w = s["grid"]
+    about = (
+        f"{s['frames']} frames of {5 + h * w} tokens, {s['heads']} heads of 64, {layer['dtype']}, CPU "
+        f"({r['capability']}), {r['threads']} threads, torch {r['torch']}; K = {s['count']} frames, stride "
+        f"{s['stride']} but for lists a frame, which hold whole frames (`python benchmarks/tokens.py --part layer`). "
+        "Error against fp64 over the same keys; x dense: time over (dense time x share of keys); MiB beside the "
+        "operands, gradients included."
+    )
+    header = [
+        "lists",
+        "keys a query",
+        "",
+        "error",
+        "forward, ms",
+        "x dense",
+        "GFLOP/s",
+        "MiB",
+        "and backward, ms",
+        "MiB",
+    ]
+    p = layer["probe"]
+    lines = [about, "", *_table(header, rows), "", (
+        f"The probe (`attention_entropy`, {p['heads']} heads, {p['queries']} queries, all keys, mass a frame): "
+        f"{median(p['seconds']) * 1e3:.1f} ms, {p['of_dense']:.2%} of the dense layer; error {p['error']:.0e} nats."
+    ), ""]  # fmt: skip
+    verdicts = [
+        [t["target"], f"{t['figure']:.3f}", f"{t['limit']:.3g}", "met" if t["met"] else "missed"] for t in r["targets"]
+    ]
+    return "\n".join(lines + _table(["target", "figure", "limit", ""], verdicts))
+
+
+def tokens_model() -> str:
+    r = _tokens()
+    if "model" not in r:
+        return NOT_YET
+    model = r["model"]
+    frames = sorted({m["frames"] for m in model["rows"]})
+    rows = []
+    for n in frames:
+        found = {m["rule"]: m for m in model["rows"] if m["frames"] == n}
+        cells = [str(n), f"{median(found['dense']['seconds']):.2f}"]
+        for rule in ("published", "adaptive"):
+            seconds, modes = median(found[rule]["seconds"]), found[rule]["layers"]
+            kinds = "".join(mode[0] for mode in modes)
+            ratio = seconds / median(found["dense"]["seconds"])
+            cells += [f"{seconds:.2f}", f"{ratio:.2f}", f"{found[rule]['deviation']:.1e}", f"`{kinds}`"]
+        rows.append(cells)
+    about = (
+        f"A mini VGGT with random weights, {model['depth']} frame and {model['depth']} global blocks of width "
+        f"{model['dim']}, {model['tokens']} tokens a frame, K = {model['count']}, stride {model['stride']}, fp32, CPU "
+        f"({r['capability']}), {r['threads']} threads (`python benchmarks/tokens.py --part model`): seconds a forward "
+        "pass, over dense, relative deviation of the last layer's tokens from dense, and what each global layer did "
+        "(local, stride, frames)."
+    )
+    header = ["frames", "dense, s", "published, s", "of dense", "deviation", "layers",
+              "adaptive, s", "of dense", "deviation", "layers"]  # fmt: skip
+    return "\n".join([about, "", "![seconds over frames](tokens.png)", "", *_table(header, rows)])
+
+
 PARTS = {
+    "attention kernels": ("docs/selected_attention.md", attention_kernels),
+    "tokens layer": ("docs/selected_attention.md", tokens_layer),
+    "tokens model": ("docs/tokens.md", tokens_model),
     "optimizer kernels": ("docs/chunkft.md", optimizer_kernels),
     "adamw_cpu": ("docs/chunkft.md", adamw_cpu),
     "chunkft memory": ("docs/chunkft.md", chunkft_memory),

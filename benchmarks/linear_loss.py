@@ -43,8 +43,6 @@ from burnish.ops.geometry import DEFAULT_ROWS, DEFAULT_ROWS_GPU
 SHAPES = ["1024,576,49152", "4096,576,49152", "2048,1536,151936"]
 #: FLOPs of the fp64 reference, which fix the rows that errors are measured on.
 ERROR_FLOPS = 1.2e11
-#: The one call for memory may take so many seconds, where that lets it have all rows.
-MEMORY_SECONDS = 60.0
 FIRST_PROBE = 32
 
 
@@ -237,7 +235,7 @@ class Cell:
     def memory(self, name: str, rows: int) -> dict:
         way = self.ways[name]
         fits = way.bounded or 40 * self.n * self.v < self.device.free_bytes() / 2
-        if fits and self.whole[name] <= (3 * self.options.cap if self.options.quick else MEMORY_SECONDS):
+        if fits and self.whole[name] <= self.options.memory_seconds:
             rows = self.n
         call = self.call(name, rows)
         if way.proxy:  # compiling is not running
@@ -387,8 +385,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cap", type=float, help="seconds a call may take before it gets fewer rows; 20")
     parser.add_argument("--seconds", type=float, help="for the rounds of a group of ways, after three rounds; 300")
+    parser.add_argument("--memory-seconds", type=float, help="that the one call for memory may take for all rows; 60")
     parser.add_argument("--minutes", type=float, help="no cell is begun that would not end by then")
-    parser.add_argument("--quick", action="store_true", help="first shape, three objectives, within twelve minutes")
+    parser.add_argument("--quick", action="store_true", help="first shape, three objectives, within nine minutes")
     parser.add_argument("--resume", action="store_true", help="skip the cells that the output has")
     parser.add_argument("--output", type=Path)
     o = parser.parse_args()
@@ -397,7 +396,8 @@ def parse() -> argparse.Namespace:
     o.objectives = o.objectives or (["nll", "dft", "target_sft"] if quick else list(OBJECTIVES))
     o.cap = o.cap or (4.0 if quick else 20.0)
     o.seconds = o.seconds or (20.0 if quick else 300.0)
-    o.minutes = o.minutes or (11.0 if quick else float("inf"))
+    o.memory_seconds = o.memory_seconds or (3 * o.cap if quick else 60.0)
+    o.minutes = o.minutes or (8.0 if quick else float("inf"))
     o.least = min(o.repeats, 3)
     return o
 

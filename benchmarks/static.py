@@ -36,7 +36,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from burnish.kernels import adamw_triton, rows_triton, segment_sum_triton
+from burnish.kernels import (
+    adamw_triton,
+    attention_triton,
+    farthest_triton,
+    probe_triton,
+    rows_triton,
+    segment_sum_triton,
+)
 from burnish.kernels.adamw import TILE, AdamWSpec
 from burnish.kernels.contract import DIFFERENTIABLE, STATISTICS, RowSpec
 
@@ -142,6 +149,86 @@ def build_segment_sum(dtype: torch.dtype, target: GPUTarget):
     wide = [i for i, n in enumerate(kernel.arg_names) if n not in constants and n != "padding"]
     source = ASTSource(kernel, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in wide})
     return triton.compile(source, target=target, options={"num_warps": segment_sum_triton.THREADS // target.warp_size})
+
+
+#: Variants of attention: out alone, with the entropy and its gradients, and with a bias as well; heads by key head.
+ATTENTION = {
+    "out": {}, "entropy": {"HAS_ENTROPY": True, "HAS_LSE": True},
+    "biased": {"HAS_ENTROPY": True, "HAS_LSE": True, "HAS_BIAS": True},
+}  # fmt: skip
+HEAD_DIMS = (64, 128)
+
+
+def build_pointers(kernel, constants: dict, types: dict, target: GPUTarget, options: dict, *, ragged: tuple = ()):
+    """Compile a launch whose names in capitals are pointers and whose other arguments are whole numbers.
+
+    All divisible by 16 but those of ``ragged``; ``types`` where they are not *fp32 and i32.
+    """
+    signature, attrs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = types.get(name, "*fp32" if name.isupper() else "i32")
+        if name not in ragged and signature[name] != "fp32":
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=target, options=options)
+
+
+def attention_launches(variant: str, d: int, dtype: torch.dtype, target: GPUTarget):
+    """(kernel, constexprs, options) of forward, dq and dkv."""
+    shape = attention_triton.Shape(dtype, d, maker="amd" if target.backend == "hip" else "nvidia")
+    asked = {"HAS_ENTROPY": False, "HAS_LSE": False, "HAS_BIAS": False, **ATTENTION[variant]}
+    constants = {**shape.flags(d, dtype), **asked, "GROUP": 1, "LISTED": 1}
+    for kernel, blocks, options in (
+        (attention_triton.forward_kernel, shape.forward, shape.options),
+        (attention_triton.dq_kernel, shape.dq, shape.options),
+        (attention_triton.dkv_kernel, shape.dkv, shape.dkv_options),
+    ):
+        yield kernel, {n: x for n, x in (constants | blocks).items() if n in kernel.arg_names}, options
+
+
+def run_attention(targets=TARGETS, dtypes=("fp32", "bf16"), variants=ATTENTION) -> dict:
+    """{"kernel/variant-D/dtype/target": counts} of gathered-key attention, the probe and the choice of frames.
+
+    Frames of 1041 tokens, as VGGT has: a count of queries is no multiple of 16.
+    """
+    table = {}
+    floats = ("Q", "K", "V", "OUT", "D_OUT", "DQ", "DK", "DV")
+    whole = ("LISTS", "COUNTS", "ROWS", "TILES", "GROUPS", "RUNS", "SLOTS")
+    ragged = (
+        "queries",
+        "frames",
+        "keys",
+        "heads",
+        "key_heads",
+        "list_b",
+        "list_h",
+        "tiles_x",
+        "splits",
+        "split",
+        "count",
+    )
+    for label, target in targets.items():
+        for dtype_name in dtypes:
+            dtype = DTYPES[dtype_name][0]
+            types = dict.fromkeys(floats, _NAMES[dtype]) | dict.fromkeys(whole, "*i32") | {"scale": "fp32"}
+            for d in HEAD_DIMS:
+                for variant in variants:
+                    for kernel, constants, options in attention_launches(variant, d, dtype, target):
+                        compiled = build_pointers(kernel, constants, types, target, options, ragged=ragged)
+                        name = kernel.__name__.removesuffix("_kernel")
+                        table[f"attention_{name}/{variant}-{d}/{dtype_name}/{label}"] = measure(compiled, target)
+                constants = probe_triton.flags(dtype, d, 50) | {"GROUP": 1}
+                kernel, options = probe_triton.probe_kernel, {"num_warps": probe_triton.WARPS}
+                compiled = build_pointers(kernel, constants, types, target, options, ragged=ragged)
+                table[f"attention_probe/probe-{d}/{dtype_name}/{label}"] = measure(compiled, target)
+        kernel, types = farthest_triton.farthest_kernel, {"DISTANCES": "*fp64", "CHOSEN": "*i64"}
+        constants, options = {"BLOCK": farthest_triton.MOST}, {"num_warps": farthest_triton.WARPS}
+        compiled = build_pointers(kernel, constants, types, target, options, ragged=(*ragged, "start"))
+        table[f"farthest/farthest/fp64/{label}"] = measure(compiled, target)
+    return table
 
 
 def run_others(targets=TARGETS, dtypes=("fp32", "bf16", "fp16"), variants=ADAMW) -> dict:
@@ -340,7 +427,7 @@ def set_budgets() -> None:
     """The most of any dtype, registers rounded up to a multiple of 8: hardware allocates them so."""
     budgets: dict = {}
     result = json.loads(RESULTS.read_text())
-    for name, counts in (result["kernels"] | result["other_kernels"]).items():
+    for name, counts in (result["kernels"] | result["other_kernels"] | result["attention_kernels"]).items():
         kernel, objective, _, target = name.split("/")
         cell = budgets.setdefault(f"{kernel}/{objective}", {}).setdefault(target, [0, 0])
         cell[0], cell[1] = max(cell[0], -(-counts["registers"] // 8) * 8), max(cell[1], counts["shared"])
@@ -382,8 +469,10 @@ def main() -> int:
     table = run(**({"dtypes": ("bf16", "fp32"), "specs": ("nll", "everything")} if arguments.reduced else {}))
     few = {"dtypes": ("bf16", "fp32"), "variants": ("nearest32", "stochastic8", "master8")}
     others = run_others(**(few if arguments.reduced else {}))
-    show(table | others)
-    over = exceeded(table | others)
+    few = {"dtypes": ("bf16",), "variants": ("biased",)}
+    attention = run_attention(**(few if arguments.reduced else {}))
+    show(table | others | attention)
+    over = exceeded(table | others | attention)
     print("\n".join(over) or "within budgets.json")
     if arguments.check:
         return bool(over)
@@ -399,6 +488,7 @@ def main() -> int:
         "vocabularies": VOCABULARIES,
         "tile": TILE, "other_threads": adamw_triton.THREADS,
         "kernels": table, "ragged_kernels": ragged, "peer_kernels": peer_table, "other_kernels": others,
+        "attention_kernels": attention,
     }  # fmt: skip
     if arguments.json == "-":
         print(json.dumps(result))

@@ -60,6 +60,7 @@ _GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: far from 0 in every bit
 # shifts and factors of a finaliser with little bias, found by search (C. Wellons, hash-prospector, public domain)
 MIX = (16, 0x7FEB352D, 15, 0x846CA68B, 16)
 
+
 @dataclass(frozen=True)
 class AdamWSpec:
     """What is compiled into a launch.
@@ -89,6 +90,7 @@ class AdamWSpec:
     def stochastic(self, dtype: torch.dtype) -> bool:
         return self.rounding == "stochastic" and dtype != torch.float32
 
+
 class Scalars(NamedTuple):
     """Factors of the formula, rounded to fp32 as torch rounds a Python number.
 
@@ -103,6 +105,7 @@ class Scalars(NamedTuple):
     root: float
     eps: float
     step: float
+
 
 @dataclass(frozen=True)
 class Update:
@@ -135,8 +138,10 @@ class Update:
             step=_fp32(-self.step_size),
         )  # fmt: skip
 
+
 def _fp32(x: float) -> float:
     return ctypes.c_float(x).value
+
 
 @dataclass(frozen=True)
 class TileTable:
@@ -189,6 +194,7 @@ class TileTable:
         """Whether every tile of the weights starts at a multiple of 16 bytes."""
         return all(w.data_ptr() % 16 == 0 for w in self.weights)
 
+
 def check(
     table: TileTable, grad, master, m, v, m_scale, v_scale, weights_dtype, spec: AdamWSpec, scale, found_inf
 ) -> None:
@@ -218,7 +224,9 @@ def check(
         if x.device != table.table.device:
             raise ValueError(f"{name} must be on {table.table.device}; got {x.device}")
 
+
 # Random bits
+
 
 def mix(x):
     """A bijection of 32-bit words, Python ints or int64 tensors: each bit of x moves each bit of the result."""
@@ -227,12 +235,14 @@ def mix(x):
     x = ((x ^ (x >> b)) * second) & _WORD
     return x ^ (x >> c)
 
+
 def keys(seed: int, step: int) -> dict[str, int]:
     """32-bit words that stand for (seed, step), as "index", and for (seed, step, stream) by the stream's name."""
     key = 0
     for word in (seed & _WORD, seed >> 32 & _WORD, step & _WORD, step >> 32 & _WORD):
         key = mix((key ^ word) + _GOLDEN & _WORD)
     return {"index": key} | {name: mix((key ^ stream) + _GOLDEN & _WORD) for name, stream in STREAMS.items()}
+
 
 def random_bits(seed: int, step: int, index: torch.Tensor, stream: str) -> torch.Tensor:
     """32 random bits for each element ``index`` (int64), as int64 in [0, 2^32).
@@ -243,11 +253,14 @@ def random_bits(seed: int, step: int, index: torch.Tensor, stream: str) -> torch
     high = (index >> 32 & _WORD) * _GOLDEN & _WORD
     return mix(mix(index & _WORD ^ key["index"]) ^ high ^ key[stream])
 
+
 def _uniform(bits: torch.Tensor) -> torch.Tensor:
     """fp32 in [0, 1) of 24 bits, exact."""
     return (bits >> 8).float() * 2.0**-24
 
+
 # Stochastic rounding of weights
+
 
 def round_stochastic(x: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor) -> torch.Tensor:
     """x (fp32) rounded by ``bits`` to one of its two neighbours in bf16 or fp16; infinities and NaN stay."""
@@ -261,7 +274,9 @@ def round_stochastic(x: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor) ->
         rounded = torch.copysign((low + (_uniform(bits) < size - low)) * unit, x)
     return torch.where(x.isfinite(), rounded, x).to(dtype)
 
+
 # Moments of 8 bits
+
 
 @lru_cache
 def code_table(moment: str) -> torch.Tensor:
@@ -270,6 +285,7 @@ def code_table(moment: str) -> torch.Tensor:
     root = torch.arange(n + 1, dtype=torch.float32) * (torch.ones(1) / n)
     value = (root * root) * (root * root)
     return torch.cat([value, -value]) if moment == "m" else value
+
 
 def quantize(x: torch.Tensor, moment: str, bits: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks x (B, QUANT_BLOCK) fp32 -> codes (B, QUANT_BLOCK) uint8 and scales (B,).
@@ -289,6 +305,7 @@ def quantize(x: torch.Tensor, moment: str, bits: torch.Tensor | None) -> tuple[t
     else:
         code = torch.maximum(code, (x > 0).long())
     return code.to(torch.uint8), scale
+
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, moment: str) -> torch.Tensor:
     """Codes (B, QUANT_BLOCK) and scales (B,) -> fp32."""

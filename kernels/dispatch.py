@@ -96,3 +96,14 @@ def adamw(backend: str) -> ModuleType:
 def segment_sum(backend: str) -> ModuleType:
     """The module with ``segment_sum`` for a resolved backend; on the CPU it is the torch twin."""
     return module("segment_sum", "torch" if backend == "host" else backend)
+
+
+def without_host(kind: str, backend: str, device: torch.device) -> ModuleType:
+    """The module of a kind of kernel that has no C++ form ("attention", "probe", "farthest"): the twin for the CPU.
+
+    Raises as ``resolve`` does, and ValueError for "host".  Nothing is built.
+    """
+    if backend == "host":
+        raise ValueError(f"backend must be auto, triton or torch for {kind}, which has no C++ form; got 'host'")
+    found = resolve(backend, device, build=device.type != "cpu")
+    return module(kind, "torch" if found == "host" else found)

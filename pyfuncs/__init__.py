@@ -4,19 +4,24 @@ Importing it touches no device, compiles nothing, reads no environment and impor
 transformers nor TRL; ``burnish.methods`` does.
 """
 
-from . import chunkft, objectives
+from . import chunkft, objectives, tokens
 from .chunkft import ChunkAdamW
 from .objectives import Objective, RowStats, objective
+from .ops.attention_entropy import AttentionProbe, attention_entropy
+from .ops.farthest_frames import coverage_radius, farthest_frames
 from .ops.linear_loss import linear_loss
 from .ops.linear_stats import linear_stats
 from .ops.lora import LoRAHead
 from .ops.row_loss import implied_target, row_loss
+from .ops.selected_attention import AttentionOutput, attention_certificate, merge_attention, selected_attention
 from .ops.sinks import HostSink
 from .ops.teacher import Teacher
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "ChunkAdamW", "HostSink", "LoRAHead", "Objective", "RowStats", "Teacher", "chunkft", "implied_target",
-    "linear_loss", "linear_stats", "objective", "objectives", "row_loss",
+    "AttentionOutput", "AttentionProbe", "ChunkAdamW", "HostSink", "LoRAHead", "Objective", "RowStats", "Teacher",
+    "attention_certificate", "attention_entropy", "chunkft", "coverage_radius", "farthest_frames", "implied_target",
+    "linear_loss", "linear_stats", "merge_attention", "objective", "objectives", "row_loss", "selected_attention",
+    "tokens",
 ]  # fmt: skip

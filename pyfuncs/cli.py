@@ -1,4 +1,4 @@
-"""The command line: ``burnish sft``, ``burnish chunkft``, ``burnish demo``, ``burnish objectives``, ``burnish doctor``.
+"""The command line: ``burnish sft``, ``chunkft``, ``tokens``, ``demo``, ``objectives``, ``doctor``.
 
 Bad input ends with one line on stderr, ``burnish: error: ...``, and exit code 2.  Subcommands import what
 they need when they run.
@@ -86,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     cut.add_argument("--batch", type=int, default=1, metavar="ROWS", help="of a micro-batch (1)")
     cut.add_argument("--seq", type=int, default=1024, metavar="TOKENS", help="of a row (1024)")
     cut.set_defaults(run=_chunkft_plan)
+    tokens = commands.add_parser("tokens", help="token selection for visual geometry transformers")
+    _add_tokens(tokens.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser))
     demo = commands.add_parser("demo", help="a method at work on this machine, nothing fetched")
     names = demo.add_subparsers(dest="name", required=True, metavar="NAME", parser_class=_Parser)
     one = names.add_parser("sft", help="SmolLM2-135M learns a task by SFT and by Target-SFT", description=_demo.__doc__)
@@ -99,6 +101,34 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("objectives", help="list the objectives").set_defaults(run=_objectives)
     commands.add_parser("doctor", help="what is installed, and which backend serves each op").set_defaults(run=_doctor)
     return parser
+
+
+def _add_tokens(actions) -> None:
+    pick = actions.add_parser("select", help="the frames that cover a scene best", description=_tokens_select.__doc__)
+    pick.add_argument("source", metavar="FRAMES", help="folder of images, or a video (needs PyAV)")
+    pick.add_argument("--count", required=True, type=int, metavar="K", help="frames to choose")
+    pick.add_argument("--output", metavar="DIR", help="new or empty; by default FRAMES-selected")
+    pick.add_argument("--start", type=int, default=0, metavar="FRAME", help="chosen first, from 0 (0)")
+    pick.add_argument("--every", type=int, default=1, metavar="N", help="of the source only every N-th frame (1)")
+    pick.add_argument("--size", type=int, default=16, metavar="PIXELS", help="side of the thumbnails compared (16)")
+    about = "(frames, D) floats to compare instead, one row a frame"
+    pick.add_argument("--descriptors", metavar="FILE.npy", help=about)
+    pick.set_defaults(run=_tokens_select)
+    cost = actions.add_parser("cost", help="FLOPs against frames", description=_tokens_cost.__doc__)
+    cost.add_argument("--model", choices=("vggt", "pi3"), default="vggt", help="whose shape (vggt)")
+    about = "numbers of frames (100,200,300,400,500)"
+    cost.add_argument("--frames", default="100,200,300,400,500", metavar="N,N,...", help=about)
+    numbers = {
+        "height": (392, "of an image, in pixels"), "width": (518, "of an image, in pixels"),
+        "keep": (25, "frames selected, K"), "stride": (3, "of the token grid"),
+        "local": (2, "first layer that is not local"), "sample": (9, "first layer without the grid"),
+    }  # fmt: skip
+    for name, (default, about) in numbers.items():
+        cost.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about} ({default})")
+    cost.add_argument("--edge", choices=("ceil", "floor"), default="ceil", help="of the grid (ceil)")
+    for name in ("channels", "global-layers", "frame-layers", "encoder-layers", "special", "patch"):
+        cost.add_argument(f"--{name}", type=int, metavar="N", help="instead of the model's")
+    cost.set_defaults(run=_tokens_cost)
 
 
 def _sft(arguments: argparse.Namespace):
@@ -134,6 +164,26 @@ def _chunkft_plan(arguments: argparse.Namespace) -> None:
         raise ValueError(f"burnish chunkft plan needs transformers: pip install 'burnish[train]' ({error})") from error
     cut = plan(model, arguments.chunks, small=arguments.small, align=not arguments.no_align)
     print(report(model, cut, arguments.batch, arguments.seq))
+
+
+def _tokens_select(arguments: argparse.Namespace) -> None:
+    """Choose K frames by farthest point sampling over image thumbnails, copy them, and draw a contact sheet."""
+    from pathlib import Path
+
+    from .methods.tokens_select import SelectOptions, run
+
+    output, descriptors = (None if x is None else Path(x) for x in (arguments.output, arguments.descriptors))
+    numbers = {name: getattr(arguments, name) for name in ("count", "start", "every", "size")}
+    print(run(SelectOptions(Path(arguments.source), output=output, descriptors=descriptors, **numbers).check()))
+
+
+def _tokens_cost(arguments: argparse.Namespace) -> None:
+    """Print attention and linear FLOPs, dense and with selected tokens, for numbers of frames; the published seconds
+    stand beside them."""
+    from .methods.tokens_cost import report
+
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "action", "run")}
+    print(report(**given))
 
 
 def _demo(arguments: argparse.Namespace):

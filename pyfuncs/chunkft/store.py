@@ -133,5 +133,3 @@ def buckets(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
     """[first, last) in ranges of at most ``size``."""
     for start in range(first, last, size):
         yield start, min(start + size, last)
-
-

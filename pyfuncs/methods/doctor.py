@@ -18,6 +18,8 @@ PACKAGES = (
 )  # fmt: skip
 #: Each public op and the device kernels it runs on.
 OPS = ("linear_loss", "linear_stats", "row_loss", "ChunkAdamW")
+#: Ops whose kernels have no C++ form.
+WITHOUT_HOST = ("selected_attention", "attention_entropy", "farthest_frames")
 
 
 def report() -> list[tuple[str, str]]:
@@ -42,8 +44,9 @@ def report() -> list[tuple[str, str]]:
     rows.append(("weights", _weights()))
     problem = rows_host.obstacle()
     rows.append(("host backend", f"not available: {problem}" if problem else "available, or will be at first use"))
-    for op in OPS:
-        served = (f"{dispatch.resolve('auto', device, build=False)} on {device.type}" for device in devices)
+    for op in (*OPS, *WITHOUT_HOST):
+        found = [(dispatch.resolve("auto", device, build=False), device.type) for device in devices]
+        served = (f"{'torch' if op in WITHOUT_HOST and b == 'host' else b} on {kind}" for b, kind in found)
         rows.append((op, ", ".join(served)))
     return rows
 

@@ -2,7 +2,8 @@
 
     python tests/kernels/sanitize.py fold jsd grad adamw segment_sum
     python tests/kernels/sanitize.py broken-load broken-store broken-fold       # the harness at work
-    python tests/kernels/sanitize.py broken-adamw broken-segment_sum
+    python tests/kernels/sanitize.py attention probe farthest
+    python tests/kernels/sanitize.py broken-adamw broken-segment_sum broken-attention
 
 A process of its own: triton-viz rewrites the interpreter, and reads its settings on import.
 """
@@ -19,6 +20,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("ENABLE_SANITIZER", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import attention_problems
 import numpy as np
 import torch
 import triton
@@ -29,7 +31,14 @@ from triton.runtime import interpreter
 from triton_viz.clients import Sanitizer
 from triton_viz.core.trace import launches
 
-from burnish.kernels import adamw_triton, rows_triton, segment_sum_triton
+from burnish.kernels import (
+    adamw_triton,
+    attention_triton,
+    farthest_triton,
+    probe_triton,
+    rows_triton,
+    segment_sum_triton,
+)
 from burnish.kernels.adamw import QUANT_BLOCK, TILE, AdamWSpec, TileTable, Update
 from burnish.kernels.contract import COEF, STATISTICS, new_state
 
@@ -52,14 +61,17 @@ def watched(kernel):
 
 @contextlib.contextmanager
 def bounded(*tensors):
-    """The interpreter stops at an access outside the tensors.
+    """The interpreter stops at an access outside the tensors; a list of them may grow.
 
     For kernels whose addresses come from memory: the symbolic sanitizer does not follow those, so this looks at each
     address of the launches that are made, and at no other.
     """
-    spans = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in tensors if x is not None]
+    lists = [x for x in tensors if isinstance(x, list)]
+    tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
 
     def look(pointers, mask):
+        known = [*tensors, *(x for some in lists for x in some)]
+        spans = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in known]
         for at in np.broadcast_to(pointers.data, mask.data.shape)[mask.data].ravel().tolist():
             size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
             if not any(begin <= at and at + size <= end for begin, end in spans):
@@ -100,8 +112,12 @@ def run(what: str) -> None:
         kernel[(3,)](torch.zeros(37), torch.zeros(37), 37, BLOCK=16)
         return
     broken, what = what.startswith("broken-"), what.removeprefix("broken-")
-    if what in ("adamw", "segment_sum"):
-        return {"adamw": run_adamw, "segment_sum": run_segment_sum}[what](broken)
+    others = {
+        "adamw": run_adamw, "segment_sum": run_segment_sum, "attention": run_attention, "probe": run_probe,
+        "farthest": run_farthest,
+    }  # fmt: skip
+    if what in others:
+        return others[what](broken)
     name = f"{what}_kernel"
     kernel = watched(getattr(rows_triton, name))
     setattr(rows_triton, name, OneColumnTooMany(kernel) if broken else kernel)
@@ -166,6 +182,57 @@ def run_segment_sum(broken: bool) -> None:
         ):
             segment_sum_triton.segment_sum(grad, tokens, 1, 3, None, out)
         launches.append("segment_sum")
+
+
+@contextlib.contextmanager
+def allocated():
+    """The tensors that torch.empty, empty_like and zeros make meanwhile."""
+    made: list[torch.Tensor] = []
+
+    def kept(function):
+        return lambda *args, **kwargs: made.append(function(*args, **kwargs)) or made[-1]
+
+    with contextlib.ExitStack() as stack:
+        for name in ("empty", "empty_like", "zeros"):
+            stack.enter_context(mock.patch.object(torch, name, kept(getattr(torch, name))))
+        yield made
+
+
+def run_attention(broken: bool) -> None:
+    """Ragged blocks, lists by head and by batch, empty ones and holes; or a count beyond the end of the last list."""
+    attention_triton.TILE = 16
+    blocks = mock.patch.object(attention_triton.Shape, "__init__", small_blocks)
+    for shape in attention_problems.SHAPES[:7]:
+        p = attention_problems.problem(shape, bias=True).to(torch.float32)
+        inverse = attention_triton.invert(p.lists, p.counts, shape.keys, shape.key_heads, 16)
+        p.counts.view(-1)[-1] += broken
+        with blocks, allocated() as made, bounded(made, *vars(p).values(), *p.upstream, *inverse):
+            out = attention_triton.forward(*p.operands, entropy=True)
+            saved = attention_triton.Saved(*out, *p.upstream)
+            attention_triton.backward(*p.operands, saved, inverse)
+        launches.append("attention")
+
+
+def small_blocks(self, dtype, d):
+    self.bd = max(16, triton.next_power_of_2(d))
+    self.forward = self.dq = self.dkv = {"BM": 16, "BN": 16}
+    self.options = self.dkv_options = {"num_warps": 4}
+
+
+def run_probe(broken: bool) -> None:
+    for keys, queries in ((1, 1), (37, 5), (64, 40)):
+        q, k = torch.zeros(2, 4, queries, 12), torch.zeros(2, 2, keys, 12)
+        with allocated() as made, bounded(made, q, k):
+            probe_triton.probe(q, k, 1.0, 16)
+        launches.append("probe")
+
+
+def run_farthest(broken: bool) -> None:
+    for n in (1, 5, 37):
+        distances = torch.rand(2, n, n)
+        with allocated() as made, bounded(made, distances):
+            farthest_triton.farthest(distances, n, n - 1)
+        launches.append("farthest")
 
 
 if __name__ == "__main__":

@@ -34,10 +34,13 @@ def test_all_kernels_compile_for_all_targets(compiled):
     assert names == {(kernel, target) for kernel in ("fold", "jsd", "grad") for target in targets}
     names = {tuple(name.split("/")[::3]) for name in compiled["other_kernels"]}
     assert names == {(kernel, target) for kernel in ("adamw", "segment_sum") for target in targets}
+    names = {tuple(name.split("/")[::3]) for name in compiled["attention_kernels"]}
+    attention = ("attention_forward", "attention_dq", "attention_dkv", "attention_probe", "farthest")
+    assert names == {(kernel, target) for kernel in attention for target in targets}
 
 
 def ours(result):
-    return result["kernels"] | result["other_kernels"]
+    return result["kernels"] | result["other_kernels"] | result["attention_kernels"]
 
 
 def test_nothing_spills(compiled):
@@ -56,7 +59,7 @@ def test_the_committed_result_is_of_this_launch_and_within_the_budgets(compiled)
     assert (compiled["block"], compiled["threads"]) == (RESULT["block"], RESULT["threads"]), "run benchmarks/static.py"
     others = ("tile", "other_threads")
     assert [compiled[key] for key in others] == [RESULT[key] for key in others], "run benchmarks/static.py"
-    assert set(compiled["other_kernels"]) <= set(RESULT["other_kernels"])
+    assert set(ours(compiled)) <= set(ours(RESULT))
     for name, counts in ours(RESULT).items():
         kernel, objective, _, target = name.split("/")
         registers, shared = BUDGETS[f"{kernel}/{objective}"][target]
