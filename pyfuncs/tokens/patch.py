@@ -6,6 +6,7 @@ pickles of a patched model work (they are patched too), and an undone patch leav
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 
@@ -46,7 +47,8 @@ class Patch:
         if self.had:
             assert self.before is not None
             return self.before
-        return getattr(type(self.owner), self.name).__get__(self.owner)
+        # not a bound method: torch.compile makes one again by looking the name up on the instance, and finds the patch
+        return functools.partial(getattr(type(self.owner), self.name), self.owner)
 
     @property
     def __signature__(self) -> inspect.Signature:  # trainers ask a forward what it takes

@@ -490,6 +490,20 @@ def test_a_forwards_signature_is_still_told():
         assert inspect.signature(net.aggregator.forward) == before
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_under_torch_compile():
+    """In pieces: the graph breaks where a scene begins and where lists are made."""
+    net, x = model(depth=2), images(2)
+    with torch.no_grad(), accelerate(net, 3, 2, rule=LayerRule(1, 1)) as handle:
+        want = net(x)
+        fast = torch.compile(net, backend="eager")
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), want, **CLOSE)
+        assert [r.kind for r in handle.report().layers] == ["local", "frames"]
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     "options, error, words",
     [

@@ -160,7 +160,8 @@ def test_nothing_is_kept_of_scenes_that_are_over():
         net.eval()
         with torch.no_grad():
             net(x)
-        assert not recall.entries and all(s.plan.project is None for s in handle._engine.last.steps.values())
+        last = handle._engine.last
+        assert not recall.entries and not last._plans and all(s.plan.project is None for s in last.steps.values())
 
 
 @pytest.mark.parametrize("train", [True, False])
