@@ -5,6 +5,8 @@
     python benchmarks/tokens.py --part model    # a whole mini VGGT, 8 to 96 frames
     python benchmarks/tokens.py --device cuda   # the protocol for a GPU: VGGT's shapes, bf16
 
+On a GPU there is a fourth case, one list of whole frames, as in VGGT's later layers.
+
 A layer: N frames of P tokens, H heads of 64, K frames of keys; every way gets the same q, k, v.  Columns: relative
 error against fp64 attention over the listed keys alone (of some frames), median seconds of a forward, and of a forward
 and backward, useful FLOP/s (those of the listed keys: 4 L M H D forward, 2.5 times that backward), peak bytes beside
@@ -83,24 +85,18 @@ def layers(device: torch.device, dtype: torch.dtype, *, frames: int, grid: tuple
     grids = [strided(special, h, w, stride, p) for p in phases]
     least = min(map(len, grids))  # phases differ by a row: the longest are cut
     by_head = torch.stack([(kept[:, None] * tokens + one[:least]).reshape(-1) for one in grids])[None]
-    for case, lists, chosen in (("shared", shared, None), ("frame", by_frame, own), ("head", by_head, None)):
+    cases = [("shared", shared, None), ("frame", by_frame, own), ("head", by_head, None)]
+    if device.type == "cuda":  # the last two thirds of VGGT's layers
+        cases.insert(1, ("shared", (kept[:, None] * tokens + torch.arange(tokens)).reshape(-1), None))
+    for case, lists, chosen in cases:
         yield Layer(case, frames, tokens, q, k, v, lists.int().to(device), chosen)
 
 
-def mask_of(x: Layer) -> Tensor:
-    """True where a query may look, broadcastable to (1, H, L, Lk)."""
-    keys = x.k.shape[2]
-    if x.case == "shared":
-        return (
-            torch.zeros(keys, dtype=torch.bool, device=x.q.device)
-            .index_fill_(0, x.lists.long(), True)
-            .view(1, 1, 1, -1)
-        )
-    if x.case == "head":
-        rows = torch.zeros(x.lists.shape[1], keys, dtype=torch.bool, device=x.q.device)
-        return rows.scatter_(1, x.lists[0].long(), True)[None, :, None]
-    rows = torch.zeros(x.frames, keys, dtype=torch.bool, device=x.q.device).scatter_(1, x.lists.long(), True)
-    return rows.repeat_interleave(x.tokens, 0)[None, None]
+def rows_of(x: Layer) -> Tensor:
+    """True where the queries of a frame may look, (1 or H, 1 or F, Lk)."""
+    lists = {"shared": lambda: x.lists[None, None], "frame": lambda: x.lists[None], "head": lambda: x.lists[0][:, None]}
+    at = lists[x.case]().long()
+    return torch.zeros(*at.shape[:2], x.k.shape[2], dtype=torch.bool, device=at.device).scatter_(2, at, True)
 
 
 def dense(x: Layer) -> Callable:
@@ -108,7 +104,9 @@ def dense(x: Layer) -> Callable:
 
 
 def masked(x: Layer) -> Callable:
-    mask = mask_of(x).expand(1, x.q.shape[1], x.q.shape[2], -1)
+    rows = rows_of(x)
+    # (1, 1 or H, 1 or L, Lk): not expanded, since torch makes floats of what it is given
+    mask = (rows if rows.shape[1] == 1 else rows.repeat_interleave(x.tokens, 1))[None]
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -160,10 +158,7 @@ def flex(x: Layer) -> Callable:
 
     block = 128
     padded = -(-x.tokens // block) * block
-    allowed = mask_of(x)[0]  # (1 or H, 1 or L, Lk)
-    # True where frame, head and padded key agree: one row of queries stands for its frame
-    rows = allowed[:, :: x.tokens] if allowed.shape[1] > 1 else allowed
-    rows = F.pad(rows.unflatten(-1, (x.frames, x.tokens)), (0, padded - x.tokens)).flatten(-2)
+    rows = F.pad(rows_of(x).unflatten(-1, (x.frames, x.tokens)), (0, padded - x.tokens)).flatten(-2)
     by_head, by_frame = rows.shape[0] > 1, rows.shape[1] > 1
     length = x.frames * padded
 
