@@ -55,7 +55,6 @@ class Layer:
     k: Tensor
     v: Tensor
     lists: Tensor  # (M,), (F, M) or (1, H, M)
-    chosen: Tensor | None  # (F, K) frames of each frame's list, where it is made of whole frames
 
     @property
     def useful(self) -> float:
@@ -85,11 +84,11 @@ def layers(device: torch.device, dtype: torch.dtype, *, frames: int, grid: tuple
     grids = [strided(special, h, w, stride, p) for p in phases]
     least = min(map(len, grids))  # phases differ by a row: the longest are cut
     by_head = torch.stack([(kept[:, None] * tokens + one[:least]).reshape(-1) for one in grids])[None]
-    cases = [("shared", shared, None), ("frame", by_frame, own), ("head", by_head, None)]
+    cases = [("shared", shared), ("frame", by_frame), ("head", by_head)]
     if device.type == "cuda":  # the last two thirds of VGGT's layers
-        cases.insert(1, ("shared", (kept[:, None] * tokens + torch.arange(tokens)).reshape(-1), None))
-    for case, lists, chosen in cases:
-        yield Layer(case, frames, tokens, q, k, v, lists.int().to(device), chosen)
+        cases.insert(1, ("shared", (kept[:, None] * tokens + torch.arange(tokens)).reshape(-1)))
+    for case, lists in cases:
+        yield Layer(case, frames, tokens, q, k, v, lists.int().to(device))
 
 
 def rows_of(x: Layer) -> Tensor:

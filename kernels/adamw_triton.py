@@ -23,13 +23,12 @@ on the CPU may itself be 1 ulp off, see host/adamw.cpp.)
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
 from .adamw import LEVELS, MIX, QUANT_BLOCK, TILE, AdamWSpec, TileTable, Update, check, keys
+from .launch import current
 
 THREADS = 128  # 8 elements each: 16 bytes of bf16, twice 16 of fp32
 WARPS = THREADS // (64 if torch.version.hip else 32)
@@ -209,10 +208,7 @@ def adamw(
         return
     key, scalars = keys(update.seed, update.step), update.scalars()._asdict()
     small = scalars.pop("small")
-    device = table.table.device
-    # Triton launches on the current device, which need not be the tensors'
-    on = torch.get_device_module(device).device(device) if device.type != "cpu" else contextlib.nullcontext()
-    with on:
+    with current(table.table.device):
         adamw_kernel[(len(table),)](
             table.table.contiguous(), grad, *(grad if x is None else x for x in (master, m, v, m_scale, v_scale)),
             grad if scale is None else scale, grad if found_inf is None else found_inf, **scalars,

@@ -106,10 +106,6 @@ def check(q, k, v, lists, counts, bias) -> None:
             raise ValueError(f"operands must be on one device; got {q.device} and {x.device}")
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def invert(lists: Tensor, counts: Tensor, keys: int, heads: int, tile: int = TILE) -> Inverse:
     """The inverse of lists (B', F, H', M) over ``keys`` rows of ``heads`` key heads.  Sorted on the device, no sync."""
     b, frames, h, m = lists.shape

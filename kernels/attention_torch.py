@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import Inverse, Output, Saved, accumulator, check
+from .attention import Output, Saved, check
+from .launch import accumulator
 
 #: Bytes of scores that are held at once.
 SCORE_BYTES = 32 << 20
@@ -123,7 +124,7 @@ def forward(q, k, v, lists, counts, bias, scale: float, *, entropy: bool) -> Out
     return Output(out, lse, spread)
 
 
-def backward(q, k, v, lists, counts, bias, scale: float, saved: Saved, inverse: Inverse | None = None):
+def backward(q, k, v, lists, counts, bias, scale: float, saved: Saved):
     """dq, dk, dv as the inputs and dbias in the accumulator's dtype, None without a bias."""
     check(q, k, v, lists, counts, bias)
     acc = accumulator(q.dtype)

@@ -17,16 +17,15 @@ of the inputs and accumulate in ACC, fp32 or fp64.  dk and dv are written for li
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from .attention import TILE, Inverse, Output, Saved, accumulator, check, invert
+from .attention import TILE, Inverse, Output, Saved, check, invert
+from .launch import LOG2E, accumulator, current, precision, strides
 
-LOG2E = 1 / math.log(2)
 _LN2 = tl.constexpr(math.log(2))
 _LOG2E = tl.constexpr(LOG2E)
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -56,6 +55,17 @@ def _entries(LIST, BIAS, bias_l, start, count, keys, HAS_BIAS: tl.constexpr, BN:
 
 
 @triton.jit
+def _place(heads, queries, BM: tl.constexpr):
+    """Batch, query head, frame, and BM rows of q with which of them are the frame's, of a program of forward or dq."""
+    blocks = tl.cdiv(queries, BM)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    return batch, head, frame, frame * queries + at, at < queries
+
+
+@triton.jit
 def forward_kernel(
     Q, K, V, LISTS, COUNTS, BIAS, OUT, LSE, ENTROPY,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, list_b, list_f, list_h, count_b, count_f, count_h,
@@ -64,15 +74,9 @@ def forward_kernel(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out, lse and entropy of BM queries of a frame.  GROUP query heads a key head, LISTED a list."""
-    blocks = tl.cdiv(queries, BM)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    at = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    batch, head, frame, rows, there = _place(heads, queries, BM)
     cols = tl.arange(0, BD)
-    there = at < queries
     wide = cols < D
-    rows = frame * queries + at
     inner = there[:, None] & wide[None, :]
     q = tl.load(Q + batch * q_b + head * q_h + rows[:, None] * q_l + cols[None, :], mask=inner, other=0.0)
     K += batch * k_b + (head // GROUP) * k_h
@@ -133,15 +137,9 @@ def dq_kernel(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """delta and dq of BM queries of a frame."""
-    blocks = tl.cdiv(queries, BM)
-    frame = (tl.program_id(0) // blocks).to(tl.int64)
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    at = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    batch, head, frame, rows, there = _place(heads, queries, BM)
     cols = tl.arange(0, BD)
-    there = at < queries
     wide = cols < D
-    rows = frame * queries + at
     inner = there[:, None] & wide[None, :]
     lines = (batch * heads + head) * (frames * queries) + rows
     q = tl.load(Q + batch * q_b + head * q_h + rows[:, None] * q_l + cols[None, :], mask=inner, other=0.0)
@@ -279,16 +277,6 @@ class Shape:
         return {"D": d, "BD": self.bd, "PRECISION": precision(dtype), "ACC": acc}
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Of products in fp32: TF32 where torch's own may use it."""
-    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _on(device: torch.device):
-    # Triton launches on the current device, which need not be the tensors'
-    return torch.get_device_module(device).device(device) if device.type != "cpu" else contextlib.nullcontext()
-
-
 def _common(q, k, lists, bias) -> dict:
     heads, frames = q.shape[1], lists.shape[1]
     return {
@@ -297,16 +285,11 @@ def _common(q, k, lists, bias) -> dict:
     }  # fmt: skip
 
 
-def _strides(x, dims: str, prefix: str) -> dict:
-    """Strides of an operand; 0 along a dimension of one element, which may stand for many."""
-    return {f"{prefix}_{n}": x.stride(i) if x.shape[i] > 1 else 0 for i, n in enumerate(dims)}
-
-
 def _operands(q, k, v, lists, counts, bias) -> dict:
-    strides = _strides(q, "bhl", "q") | _strides(k, "bhl", "k") | _strides(v, "bhl", "v")
-    strides |= _strides(lists, "bfh", "list") | _strides(counts, "bfh", "count")
+    found = strides(q, "bhl", "q") | strides(k, "bhl", "k") | strides(v, "bhl", "v")
+    found |= strides(lists, "bfh", "list") | strides(counts, "bfh", "count")
     none = dict.fromkeys(("bias_b", "bias_h", "bias_l"), 0)
-    return strides | (none if bias is None else _strides(bias, "bhl", "bias"))
+    return found | (none if bias is None else strides(bias, "bhl", "bias"))
 
 
 def forward(q, k, v, lists, counts, bias, scale: float, *, entropy: bool) -> Output:
@@ -320,7 +303,7 @@ def forward(q, k, v, lists, counts, bias, scale: float, *, entropy: bool) -> Out
     if q.numel():
         shape, common = Shape(q.dtype, d), _common(q, k, lists, bias)
         grid = (triton.cdiv(common["queries"], shape.forward["BM"]) * common["frames"], b * heads)
-        with _on(q.device):
+        with current(q.device):
             forward_kernel[grid](
                 q, k, v, lists, counts, lse if bias is None else bias, out, lse, lse if spread is None else spread,
                 **_operands(q, k, v, lists, counts, bias), **common, scale=scale * LOG2E, HAS_ENTROPY=entropy,
@@ -345,10 +328,10 @@ def backward(q, k, v, lists, counts, bias, scale: float, saved: Saved, inverse: 
     with_entropy = saved.d_entropy is not None
     entropy, d_entropy = (saved.entropy, saved.d_entropy.contiguous()) if with_entropy else (lse, lse)
     d_lse = lse if saved.d_lse is None else saved.d_lse.contiguous()
-    operands = _operands(q, k, v, lists, counts, bias) | _strides(d_out, "bhl", "do")
+    operands = _operands(q, k, v, lists, counts, bias) | strides(d_out, "bhl", "do")
     some_bias = lse if bias is None else bias
     fixed = {**shape.flags(d, q.dtype), "HAS_ENTROPY": with_entropy, "scale": scale * LOG2E}
-    with _on(q.device):
+    with current(q.device):
         grid = (triton.cdiv(common["queries"], shape.dq["BM"]) * common["frames"], b * heads)
         dq_kernel[grid](
             q, k, v, lists, counts, some_bias, saved.out, lse, entropy, d_out, d_lse, d_entropy, delta, dq,

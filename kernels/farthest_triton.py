@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from . import farthest_torch
-from .attention_triton import _on
 from .farthest import check
+from .launch import current
 
 MOST = 4096  # frames that a program's registers hold
 WARPS = 8
@@ -50,7 +50,7 @@ def farthest(distances: torch.Tensor, count: int, start: int) -> torch.Tensor:
     chosen = torch.empty(b, count, dtype=torch.int64, device=distances.device)
     distances = distances if distances.stride(2) == 1 else distances.contiguous()
     if b:
-        with _on(distances.device):
+        with current(distances.device):
             farthest_kernel[(b,)](
                 distances, chosen, distances.stride(0), distances.stride(1), n, count, start,
                 BLOCK=max(32, triton.next_power_of_2(n)), num_warps=WARPS,

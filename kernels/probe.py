@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import HEAD_DIM, accumulator
+from .attention import HEAD_DIM
+from .launch import accumulator
 
 
 class Partial(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .attention import accumulator
+from .launch import accumulator
 from .probe import Partial, check, new_partial
 
 

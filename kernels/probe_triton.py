@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import accumulator
-from .attention_triton import LOG2E, _on, _strides, precision
+from .launch import LOG2E, accumulator, current, precision, strides
 from .probe import Partial, check, new_partial
 
 BN = 64
@@ -84,9 +83,9 @@ def probe(q, k, scale: float, split: int) -> Partial:
     out = new_partial(q, splits)
     if q.numel():
         chosen = flags(q.dtype, d, queries)
-        with _on(q.device):
+        with current(q.device):
             probe_kernel[(splits, b * heads, triton.cdiv(queries, chosen["BM"]))](
-                q, k, *out, **_strides(q, "bhl", "q"), **_strides(k, "bhl", "k"), heads=heads, queries=queries,
+                q, k, *out, **strides(q, "bhl", "q"), **strides(k, "bhl", "k"), heads=heads, queries=queries,
                 keys=k.shape[2], split=split, splits=splits, scale=scale * LOG2E, GROUP=heads // k.shape[1], **chosen,
                 num_warps=WARPS,
             )  # fmt: skip

@@ -30,13 +30,12 @@ wide where row stride and V are divisible by 16; one that is not costs narrower 
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
 from .contract import COEF_INDEX, STATE_INDEX, RowSpec
+from .launch import current
 
 BLOCK = 2048  # columns a program holds at once
 THREADS = 256
@@ -404,18 +403,13 @@ def _unit(name: str, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _on(x: torch.Tensor):
-    # Triton launches on the current device, which need not be the tensor's
-    return torch.get_device_module(x.device).device(x.device) if x.device.type != "cpu" else contextlib.nullcontext()
-
-
 def fold(tile, teacher, state, target, spec: RowSpec, *, start=0, inv_temp=None, teacher_inv_temp=None):
     """Merge a tile's columns [start, start + V) into ``state`` (STATE_ROWS, N), in place."""
     rows, columns = tile.shape
     if rows == 0 or columns == 0:
         return
     t = teacher if spec.uses_teacher else tile
-    with _on(tile):
+    with current(tile.device):
         fold_kernel[(rows,)](
             _unit("tile", tile), tile.stride(0), _unit("teacher", t), t.stride(0), _unit("state", state),
             state.stride(0), target, _vector(inv_temp, state), _vector(teacher_inv_temp, state), start, columns,
@@ -428,7 +422,7 @@ def fold_jsd(tile, teacher, state, spec: RowSpec, *, inv_temp=None, teacher_inv_
     rows, columns = tile.shape
     if rows == 0 or columns == 0:
         return
-    with _on(tile):
+    with current(tile.device):
         jsd_kernel[(rows,)](
             _unit("tile", tile), tile.stride(0), _unit("teacher", teacher), teacher.stride(0), _unit("state", state),
             state.stride(0), _vector(inv_temp, state), _vector(teacher_inv_temp, state), columns,
@@ -447,7 +441,7 @@ def grad(
         return
     t = teacher if reads_teacher(spec) else tile
     count = 0 if ids is None else ids.shape[1]
-    with _on(tile):
+    with current(tile.device):
         grad_kernel[(rows, triton.cdiv(columns, BLOCK))](
             _unit("tile", tile), tile.stride(0), _unit("teacher", t), t.stride(0), _unit("out", out), out.stride(0),
             _unit("coef", coef), coef.stride(0), target, _vector(inv_temp, coef), _vector(teacher_inv_temp, coef),

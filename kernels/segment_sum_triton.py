@@ -17,12 +17,11 @@ The time of a launch is at least that of the most frequent token's occurrences i
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
+from .launch import current
 from .segment_sum import by_token, check
 
 BLOCK = 1024  # columns a program holds
@@ -54,10 +53,7 @@ def segment_sum(grad, tokens, start: int, stop: int, padding_idx: int | None, ou
         return
     positions, offsets = by_token(tokens, start, stop)
     inside = padding_idx is not None and start <= padding_idx < stop
-    # Triton launches on the current device, which need not be the tensors'
-    device = grad.device
-    on = torch.get_device_module(device).device(device) if device.type != "cpu" else contextlib.nullcontext()
-    with on:
+    with current(grad.device):
         segment_sum_kernel[(stop - start, triton.cdiv(grad.shape[1], BLOCK))](
             grad, grad.stride(0), positions, offsets, out, out.stride(0), grad.shape[1],
             padding_idx - start if inside else -1, ACC=tl.float64 if out.dtype == torch.float64 else tl.float32,

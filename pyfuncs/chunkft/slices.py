@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.gemm import accumulator
+from ..kernels.launch import accumulator
 from ..ops.shards import is_dtensor
 from ..ops.slice_grad import assemble, attach_embedding, attach_linear, empty
 from .parallel import local_tensor

@@ -14,11 +14,6 @@ import torch
 SLAB_BYTES = 4 << 20
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64 operands, fp32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def mode(weight_dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device, dtype: torch.dtype) -> str:
     """How logits of ``dtype`` are made.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.contract import COEF, STATE
+from ..kernels.launch import accumulator
 from ..kernels.rows_torch import scratch_bytes
 from . import gemm
 
@@ -45,7 +46,7 @@ def chunks(
     weight, the torch twin's blocks (the host's lie on its threads' stacks), and a few numbers a row.  ``ids``: K of
     a top-K teacher and of the op's ids.
     """
-    acc = gemm.accumulator(compute_dtype)
+    acc = accumulator(compute_dtype)
     size, low = acc.itemsize, compute_dtype.itemsize
     mode = gemm.mode(weight_dtype, compute_dtype, device, acc)
     width = vocabulary if teacher == "logits" else whole_columns(vocabulary)
@@ -114,7 +115,7 @@ def slabs(
     cast, the slab of dW in the accumulator's dtype, the torch twin's blocks, and of each row its statistics,
     coefficients, and copies of its hidden state and of its gradient.
     """
-    acc = gemm.accumulator(compute_dtype)
+    acc = accumulator(compute_dtype)
     size = acc.itemsize
     mode = gemm.mode(weight_dtype, compute_dtype, device, acc)
     tiles = size * (1 + (teacher in ("hidden", "topk")) + extra_tiles)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import dispatch
+from ..kernels.launch import accumulator
 from . import geometry, shards
 from .core import (
     METRICS,
@@ -32,7 +33,7 @@ from .core import (
     without_autocast,
     write_grad,
 )
-from .gemm import Head, accumulator, teacher_head
+from .gemm import Head, teacher_head
 from .inputs import Common, check_budget, check_operands, prepare, unpack
 from .linear_stats import Given, Weight, differentiable_stats, resolve, rows_of
 from .row_loss import couple_rows, reduce

@@ -25,10 +25,11 @@ from ..kernels.contract import (
     scale_coefficients,
     supported,
 )
+from ..kernels.launch import accumulator
 from ..objectives.base import RowStats, asks
 from . import shards
 from .core import Rows, check_labels, make_rows, refuse_second_derivative, top_entropy, without_autocast
-from .gemm import accumulator, product
+from .gemm import product
 from .inputs import Asked, Common, check_budget, check_float, check_operands, prepare
 from .lora import LoRAHead
 from .shards import Shard

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.launch import accumulator
 from . import geometry
 from .core import without_autocast
-from .gemm import SLAB_BYTES, accumulator
+from .gemm import SLAB_BYTES
 from .inputs import check_float
 
 

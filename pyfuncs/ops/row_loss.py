@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import COEF, scale_coefficients
+from ..kernels.launch import accumulator
 from ..kernels.rows_torch import transform
 from ..objectives.base import LIVE
 from .core import (
@@ -23,7 +24,7 @@ from .core import (
     without_autocast,
     write_grad,
 )
-from .gemm import accumulator, teacher_head
+from .gemm import teacher_head
 from .inputs import check_float, prepare, unpack
 from .teacher import Teacher, cut
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels import attention as contract
 from ..kernels import dispatch
+from ..kernels.launch import accumulator
 from .core import without_autocast
 from .inputs import check_float
 
@@ -214,7 +215,7 @@ def _attention(
 
 @_attention.register_fake
 def _(q, k, v, lists, counts, bias, scale, entropy, backend):
-    lse = q.new_empty(q.shape[:3], dtype=contract.accumulator(q.dtype))
+    lse = q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
     return q.new_empty(q.shape), lse, torch.empty_like(lse) if entropy else lse.new_empty(0)
 
 

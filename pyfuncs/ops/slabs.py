@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..kernels import dispatch, rows_torch
 from ..kernels.contract import RowSpec, finalize, new_state
+from ..kernels.launch import accumulator
 from . import gemm, geometry, shards
 from .core import Transforms, row_spec
-from .gemm import accumulator, product, teacher_head
+from .gemm import product, teacher_head
 from .shards import Shard
 from .teacher import cut, fill_topk
 

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..kernels import dispatch
+from ..kernels.launch import accumulator
 from .core import refuse_second_derivative
-from .gemm import accumulator, product
+from .gemm import product
 
 #: (shape, dtype, device) -> an uninitialised tensor
 Room = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]

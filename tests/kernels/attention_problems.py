@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from burnish.kernels.attention import Saved, accumulator
+from burnish.kernels.attention import Saved
+from burnish.kernels.launch import accumulator
 from burnish.reference import attention as reference
 
 
