@@ -576,7 +576,7 @@ def test_quantisation_takes_a_neighbour_by_chance(moment):
 def test_a_block_of_zeros_has_scale_and_codes_of_zero(kernels, device):
     p = Problem((2 * TILE,), FP32, AdamWSpec("8bit"), device=device)
     p.grad.zero_()
-    p.grad[: QUANT_BLOCK] = 1.0  # its neighbours stay 0
+    p.grad[:QUANT_BLOCK] = 1.0  # its neighbours stay 0
     for step in (1, 2):
         p.step(kernels, step)
     for codes, scale in ((p.m, p.m_scale), (p.v, p.v_scale)):

@@ -160,11 +160,12 @@ def test_the_inverse_of_the_lists(shape, tile):
     h = max(1, shape.list_h // shape.key_heads)  # lists to a key head
     told_apart = min(shape.list_h, shape.key_heads)
     assert inverse.rows.shape[0] == shape.list_b * told_apart
-    got, want = [], []
+    got, want, listed_by = [], [], []
     for x in range(inverse.rows.shape[0]):
         rows = inverse.rows[x].tolist()
         listed = [r for r in rows if r >= 0]
         assert listed == sorted(set(listed)) and rows[len(listed) :] == [-1] * (len(rows) - len(listed))
+        listed_by += [(x, r) for r in listed]
         for t in range(inverse.tiles.shape[1] - 1):
             first, last = inverse.tiles[x, t : t + 2].tolist()
             groups = inverse.groups[x, first:last].tolist()
@@ -182,6 +183,7 @@ def test_the_inverse_of_the_lists(shape, tile):
                     if row >= 0:
                         want.append((b * told_apart + head // h, f * h + head % h, row))
     assert sorted(got) == sorted(want)
+    assert listed_by == sorted({(x, row) for x, _, row in want})  # and no row that nobody lists
 
 
 def test_the_cpu_takes_torchs_own_blocks_where_it_can(monkeypatch):
