@@ -466,6 +466,12 @@ def chunkft() -> str:
     return "\n".join(lines + _table(["target", "figure", "limit", ""], verdicts))
 
 
+def _launches(kernels: dict):
+    """("kernel/variant/dtype", counts for each of TARGETS) of compilations, fp16 left out."""
+    for name in dict.fromkeys("/".join(name.split("/")[:3]) for name in kernels if "/fp16/" not in name):
+        yield name, [kernels[f"{name}/{target}"] for target in TARGETS]
+
+
 def optimizer_kernels() -> str:
     static, moved = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("static", "ledger"))
     kernels = static["other_kernels"]
@@ -476,8 +482,7 @@ def optimizer_kernels() -> str:
         "",
     ]
     rows = []
-    for name in dict.fromkeys("/".join(name.split("/")[:3]) for name in kernels if "/fp16/" not in name):
-        found = [kernels[f"{name}/{target}"] for target in TARGETS]
+    for name, found in _launches(kernels):
         rows.append([
             name.replace("/", ", "), *(str(k["registers"]) for k in found), _each(k["shared"] for k in found),
             _each(k["loads"] for k in found[:3]),
@@ -536,8 +541,7 @@ def attention_kernels() -> str:
         "",
     ]
     rows = []
-    for name in dict.fromkeys("/".join(name.split("/")[:3]) for name in kernels if "/fp16/" not in name):
-        found = [kernels[f"{name}/{target}"] for target in TARGETS]
+    for name, found in _launches(kernels):
         rows.append([name.replace("/", ", "), *(str(k["registers"]) for k in found), _each(k["shared"] for k in found)])
     return "\n".join([*lines, *_table(["kernel, variant and head dimension, dtype", *TARGETS, "shared"], rows)])
 
