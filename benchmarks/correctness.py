@@ -135,7 +135,7 @@ def our_rows() -> Iterator[dict]:
             yield row("torch", whole(dtype, torch.float32), want)
             for backend in BACKENDS:
                 x, w, b = (a.clone().requires_grad_() for a in (hidden, weight, bias))
-                loss = linear_loss(x, w, target, o, bias=b, backend=backend, **extra)
+                loss = linear_loss(x, w, target, o, bias=b, backend=backend, reduction="sum", **extra) / valid
                 (loss * factor).backward()
                 got = (loss.detach(), x.grad.double() / factor, w.grad.double() / factor)
                 yield row(f"burnish_{backend}", got, want)

@@ -9,10 +9,12 @@ import importlib
 
 _HOMES = {
     "TargetSFTTrainer": "target_sft", "fuse_lm_head": "fused_head", "FusedHead": "fused_head",
-    "load_model": "models", "accuracy": "evaluate",
+    "fuse_policy_head": "policy_head", "PolicyHead": "policy_head", "load_model": "models", "accuracy": "evaluate",
 }  # fmt: skip
 
-__all__ = ["FusedHead", "TargetSFTTrainer", "accuracy", "fuse_lm_head", "load_model"]
+__all__ = [
+    "FusedHead", "PolicyHead", "TargetSFTTrainer", "accuracy", "fuse_lm_head", "fuse_policy_head", "load_model",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -8,7 +8,6 @@ are served: TRL's SFTTrainer, which asks with ``fused_lm_head=True``, and whoeve
 from __future__ import annotations
 
 import functools
-import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,10 @@ from transformers.utils import ModelOutput
 
 from ..objectives.base import Objective
 from ..ops.linear_loss import linear_loss
+from .forward_patch import ForwardPatch, refuse_patched
 from .frozen import TeacherPass, adapterless_teacher, separate_teacher
 from .output_head import backbone, base_model, head_module, output_head, within
-from .rules import check_teacher
+from .rules import check_carried, check_teacher
 
 METRICS = ("entropy", "hit")
 
@@ -48,35 +48,13 @@ class FusedLossOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-class FusedHead:
+class FusedHead(ForwardPatch):
     """The handle of a patched model: ``restore()`` undoes the patch; also a context manager."""
 
     def __init__(self, model: nn.Module, objective: Objective, teacher: TeacherPass | None, metrics, budget, backend):
-        self.model, self.objective, self.teacher = model, objective, teacher
+        self.objective, self.teacher = objective, teacher
         self.metrics, self.budget, self.backend = tuple(metrics), budget, backend
-        self._before = model.__dict__.get("forward")
-        self._forward = types.MethodType(_make_forward(self, type(model), self._before), model)
-        self._active = True
-        model.forward = self._forward
-
-    def restore(self) -> None:
-        """Give the model its former forward back.  A second call does nothing.
-
-        Where something else has wrapped the forward since (accelerate's autocast), that wrapper stays and
-        what it wraps becomes the former forward.
-        """
-        self._active = False
-        if self.model.__dict__.get("forward") is self._forward:
-            if self._before is None:
-                del self.model.forward
-            else:
-                self.model.forward = self._before
-
-    def __enter__(self) -> FusedHead:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.restore()
+        super().__init__(model, _make_forward)
 
     def score(self, model, args, kwargs, labels, shift_labels, per_token) -> tuple[Tensor, dict, Tensor, Tensor | None]:
         """Summed objective, metrics, label mask and MoE loss of one batch."""
@@ -111,7 +89,7 @@ class FusedHead:
 
         result = within(head, loss_of, out.last_hidden_state[:, keep])
         loss, metrics = result if self.metrics else (result, {})
-        aux = _aux_loss(out, text, kwargs) if kwargs.get("output_router_logits") else None
+        aux = aux_loss(out, text, kwargs) if kwargs.get("output_router_logits") else None
         return loss, metrics, labels != -100, aux
 
 
@@ -140,21 +118,19 @@ def fuse_lm_head(
     (B, T, K) may be given to the forward, aligned with ``labels``.
 
     Returns the handle.  Raises ValueError for a model without backbone or head, an adapter on the head,
-    a model that is fused already, an unknown metric, or a teacher that is needed and not given; TypeError
-    for an objective that is none.
+    a model that is fused already, an unknown metric, an objective with inputs of its own or a mean over sequences,
+    or a teacher that is needed and not given; TypeError for an objective that is none.
     """
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a burnish.Objective; got {type(objective).__name__}")
+    check_carried(objective)
     unknown = set(metrics) - set(METRICS)
     if unknown:
         raise ValueError(f"metrics must be among {', '.join(METRICS)}; got {', '.join(sorted(unknown))}")
     inner = base_model(model)
     backbone(inner)
     head_module(inner)
-    # accelerate's wrappers copy a function's attributes, so this sees through them
-    present = getattr(inner.__dict__.get("forward"), "burnish", None)
-    if present is not None and present._active:
-        raise ValueError("this model's head is fused already: call restore() on its handle first")
+    refuse_patched(inner)
     teacher = None
     if "teacher" in objective.needs:
         check_teacher(objective, teacher_model)
@@ -171,7 +147,7 @@ def _make_forward(handle: FusedHead, kind: Any, before):
     # the class's own signature: generate and Trainer check their arguments against it
     @functools.wraps(kind.forward)
     def forward(self, *args, fused_lm_head=False, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
-        if not handle._active or (not fused_lm_head and labels is None and shift_labels is None):
+        if not handle.active or (not fused_lm_head and labels is None and shift_labels is None):
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             kwargs.update({k: v for k, v in given.items() if v is not None})
             if fused_lm_head:
@@ -191,7 +167,6 @@ def _make_forward(handle: FusedHead, kind: Any, before):
         entropy, hit = (metrics[name] if name in handle.metrics else zeros for name in METRICS)
         return FusedLossOutput(loss=loss, log_probs=-total, entropy=entropy, is_top1=hit, label_mask=mask, aux_loss=aux)
 
-    forward.burnish = handle  # type: ignore[attr-defined]
     return forward
 
 
@@ -204,7 +179,8 @@ def _sequences(position_ids: Tensor) -> Tensor:
     return starts.flatten().cumsum(0).reshape(starts.shape)
 
 
-def _aux_loss(out, config, kwargs) -> Tensor:
+def aux_loss(out, config, kwargs) -> Tensor:
+    """The MoE load-balancing loss of a backbone's output, 0-dim."""
     # every MoE family of transformers shares Mixtral's balancing loss
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 

@@ -17,6 +17,20 @@ def resolve_objective(objective: str | Objective, arguments: dict | None = None)
     return objectives.get(objective, **(arguments or {}))
 
 
+def check_carried(objective: Objective) -> None:
+    """ValueError where a model's forward with labels cannot give ``objective`` what it needs."""
+    if objective.inputs:
+        raise ValueError(
+            f"objective {objective.name!r} needs {', '.join(objective.inputs)} with each batch, which the forward does "
+            "not carry: use burnish.linear_loss, or fuse_policy_head in TRL's policy-gradient trainers"
+        )
+    if objective.aggregate != "token_mean":
+        raise ValueError(
+            f"objective {objective.name!r} has aggregate={objective.aggregate!r}, and here a mean is over the whole "
+            "batch's labels: make it with aggregate='token_mean', or use burnish.linear_loss"
+        )
+
+
 def check_teacher(objective: Objective, teacher) -> None:
     """ValueError where ``objective`` needs a teacher and there is none."""
     if "teacher" in objective.needs and teacher is None:
@@ -33,6 +47,7 @@ def check_objective(objective: Objective, teacher) -> None:
                 f"objective {objective.name!r} needs {need} with the data, which TRL's collator does not carry: "
                 "use fuse_lm_head in a loop of your own"
             )
+    check_carried(objective)
     check_teacher(objective, teacher)
 
 

@@ -8,9 +8,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from . import distill, qtarget
+from . import distill, policy, qtarget
+from .aggregate import AGGREGATES, count_items
 from .base import STATISTICS, Objective, RowStats, objective
 from .distill import jsd, kd, kd_hybrid, on_policy_distillation, reverse_kl
+from .policy import (
+    bnpo,
+    cispo,
+    dapo,
+    dr_grpo,
+    gmpo,
+    grpo,
+    gspo,
+    ppo_clip,
+    reinforce,
+    rloo,
+    sapo,
+    weighted_nll,
+)
 from .qtarget import (
     asft,
     beyond_log,
@@ -41,7 +56,7 @@ from .qtarget import (
 
 _REGISTRY: dict[str, Callable[..., Objective]] = {
     name: factory
-    for module in (qtarget, distill)
+    for module in (qtarget, distill, policy)
     for name, factory in vars(module).items()
     if not name.startswith("_") and inspect.isfunction(factory) and factory.__module__ == module.__name__
 }
@@ -92,28 +107,37 @@ def describe() -> list[dict[str, str]]:
         text = str(inspect.Signature(plain))
         rows.append({
             "name": name, "arguments": text, "weight": one.weight, "trust": one.trust, "residual": one.residual,
-            "needs": ", ".join(sorted(one.needs)), "paper": one.paper,
+            "needs": ", ".join([*one.inputs, *sorted(one.needs)]), "paper": one.paper,
         })  # fmt: skip
     return rows
 
 
 __all__ = [
+    "AGGREGATES",
     "STATISTICS",
     "Objective",
     "RowStats",
     "asft",
     "beyond_log",
+    "bnpo",
     "cft",
+    "cispo",
     "confidence_penalty",
+    "count_items",
+    "dapo",
     "deft",
     "describe",
     "dft",
+    "dr_grpo",
     "eaft",
     "focal",
     "gce",
     "gem",
     "get",
     "gift",
+    "gmpo",
+    "grpo",
+    "gspo",
     "idft",
     "iw_sft",
     "jsd",
@@ -126,14 +150,19 @@ __all__ = [
     "objective",
     "on_policy_distillation",
     "poly",
+    "ppo_clip",
     "prift",
     "profit",
     "psft",
     "register",
+    "reinforce",
     "reverse_kl",
     "rho1",
+    "rloo",
+    "sapo",
     "sft_kl",
     "talr",
     "target_sft",
     "unlikelihood",
+    "weighted_nll",
 ]  # fmt: skip

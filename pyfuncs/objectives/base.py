@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from .aggregate import AGGREGATES
+
 #: Names an objective may ask for; ``logp`` to ``ids`` are differentiable, the rest are constants.
 STATISTICS = (
     "lse", "label", "logp", "mean", "square", "uniform", "mix", "cross", "other", "jsd", "ids",
@@ -17,6 +19,8 @@ STATISTICS = (
 _DERIVED = {"entropy": ("lse", "mean"), "prob": ("logp",), "ids_logp": ("ids", "lse")}
 _NEEDS = frozenset({"teacher", "ids", "token_weight", "sequences"})
 _TEACHER = {"cross", "other", "jsd", "teacher_lse", "teacher_logp", "teacher_entropy"}
+#: What ``RowStats`` has beside statistics; no input may take such a name.
+_TAKEN = {*STATISTICS, *_DERIVED, "valid", "sequence", "weight"}
 
 
 class RowStats:
@@ -45,6 +49,9 @@ class RowStats:
     ``sequence``        int64: which sequence the row belongs to, or None
     ``weight``          what ``Objective.couple`` returned, or None
     ==================  ==========================================================================
+
+    and, under their names, the objective's own ``inputs``, constants that come with the data (None where an optional
+    one was not given).
 
     Reading a statistic that was not asked for raises AttributeError with the remedy.
     """
@@ -97,7 +104,7 @@ class Objective:
         name: shown in errors, logs and the registry.
         fn: RowStats -> per-token loss (N,), written with torch and differentiable in the statistics
             that have a gradient.  Rows must not interact: entry i may depend on row i alone (use
-            ``couple`` for what needs other rows).  Detach what is a weight.
+            ``couple`` for what needs other rows, ``joint`` where that has a gradient).  Detach what is a weight.
         stats: names of the statistics ``fn`` reads ("entropy" and "prob" stand for what they need).
         alpha, eta: the mix q = softmax(alpha z + eta t); eta != 0 needs a teacher.
         beta: weight of the teacher in ``jsd``'s mixture.
@@ -108,6 +115,11 @@ class Objective:
         couple_stats: the statistics ``couple`` reads.
         needs: what the caller must give beside logits and labels: any of "teacher", "ids",
             "token_weight", "sequences".  A teacher is added by itself where a statistic needs it.
+        inputs, optional: names of constants a row that come with the data, given to the ops as
+            ``inputs={name: tensor}`` and read as ``s.name``; the optional ones may be left out and are None then.
+        aggregate: what ``reduction="mean"`` means, one of ``aggregate.AGGREGATES``.
+        joint: rows interact: ``fn`` may mix them and is differentiated as it stands, over all rows at once.  Rows that
+            are not ``s.valid`` have zeros for statistics and inputs.  In vocabulary-outer order only.
         weight, trust, residual: the gauge in words: dL/dz = weight * (p - trust * delta - (1 - trust)
             * residual).  Documentation only.
         paper: source.
@@ -125,6 +137,10 @@ class Objective:
     couple: Callable[[RowStats], torch.Tensor] | None = None
     couple_stats: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
+    inputs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    aggregate: str = "token_mean"
+    joint: bool = False
     weight: str = ""
     trust: str = ""
     residual: str = ""
@@ -141,12 +157,33 @@ class Objective:
                 f"objective {self.name!r}: needs may name {', '.join(sorted(_NEEDS))}; got {set(self.needs)}"
             )
         _, needs = asks(self.name, self.stats + self.couple_stats, self.eta)
+        self._check_inputs()
+        if self.aggregate not in AGGREGATES:
+            known = ", ".join(AGGREGATES)
+            raise ValueError(f"objective {self.name!r}: aggregate must be one of {known}; got {self.aggregate!r}")
+        if self.joint and self.couple is not None:
+            raise ValueError(f"objective {self.name!r}: joint and couple exclude each other")
+        if self.aggregate != "token_mean":
+            needs |= {"sequences"}
         object.__setattr__(self, "needs", frozenset(self.needs) | needs)
         if not self.temperature > 0:
             raise ValueError(f"objective {self.name!r}: temperature must be > 0; got {self.temperature}")
         key = f"{self.name}#{next(_serial)}"
         object.__setattr__(self, "key", key)
         LIVE[key] = self
+
+    def _check_inputs(self) -> None:
+        for attribute in ("inputs", "optional"):
+            names = getattr(self, attribute)
+            if isinstance(names, str):
+                raise TypeError(f"objective {self.name!r}: {attribute} must be a tuple of names; got {names!r}")
+            object.__setattr__(self, attribute, tuple(names))
+        names = self.inputs + self.optional
+        bad = [n for n in names if not n.isidentifier() or n[0] == "_" or n in _TAKEN or names.count(n) > 1]
+        if bad:
+            raise ValueError(
+                f"objective {self.name!r}: inputs must be new names, each once, none of a statistic's; got {bad[0]!r}"
+            )
 
     def __deepcopy__(self, memo) -> Objective:
         return self  # immutable, and known to the ops by its key

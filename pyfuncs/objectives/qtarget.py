@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from .aggregate import numbers
 from .base import Objective, RowStats
 
 
@@ -117,18 +118,9 @@ def eaft(k: int = 20, power: float = 1.0) -> Objective:
     )  # fmt: skip
 
 
-def _segments(s: RowStats) -> torch.Tensor:
-    """Each row's sequence as a number below N, whatever ids the caller gave; no device sync: (N,) int64."""
-    order = torch.argsort(s.sequence, stable=True)
-    ids = s.sequence[order]
-    new = torch.zeros_like(ids)
-    new[1:] = (ids[1:] != ids[:-1]).to(ids.dtype)
-    return torch.empty_like(ids).scatter_(0, order, new.cumsum(0))
-
-
 def _segment_means(values: torch.Tensor, s: RowStats) -> tuple[torch.Tensor, torch.Tensor]:
     """(means, segment): the mean of each sequence over its valid rows, NaN where it has none, at its number."""
-    segment = _segments(s)
+    segment = numbers(s.sequence)
     total = torch.zeros_like(values).index_add_(0, segment, torch.where(s.valid, values, 0.0))
     count = torch.zeros_like(values).index_add_(0, segment, s.valid.to(values.dtype))
     return torch.where(count > 0, total / count, torch.nan), segment

@@ -8,6 +8,7 @@ import inspect
 import operator
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,11 +47,14 @@ class Rows:
     plain_inv_temp: Tensor  # without the objective's own temperature
     ids: Tensor | None = None  # (N, K)
     sequence: Tensor | None = None
+    inputs: Tensor | None = None  # (N, I), the objective's own
+    names: tuple[str, ...] = ()  # of the columns of ``inputs``
     weight: Tensor | None = None  # what Objective.couple returned
 
     def at(self, index: slice | Tensor) -> Rows:
         """The rows of a slice or an index."""
-        return replace(self, **{k: v[index] for k, v in vars(self).items() if v is not None})
+        tensors: dict[str, Any] = {k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass
@@ -141,7 +145,7 @@ def top_entropy(raw: Tensor, spec: RowSpec, inv_temp: Tensor) -> Tensor:
 def couple(objective: Objective, stats: dict, rows: Rows, dtype: torch.dtype) -> Tensor:
     """Objective.couple over the rows that count; 0 for the others.  stats are of all rows."""
     assert objective.couple is not None
-    weight = objective.couple(view(stats, rows))
+    weight = objective.couple(view(objective, stats, rows))
     if not isinstance(weight, Tensor):
         raise TypeError(f"objective {objective.name!r}: couple must return a tensor; got {type(weight).__name__}")
     if weight.shape != rows.target.shape:
@@ -152,13 +156,22 @@ def couple(objective: Objective, stats: dict, rows: Rows, dtype: torch.dtype) ->
     return weight.to(dtype)
 
 
-def view(stats: dict, rows: Rows) -> RowStats:
+def view(objective: Objective, stats: dict, rows: Rows) -> RowStats:
     """What an objective sees of the rows."""
-    shown = {k: v for k, v in stats.items() if k in STATISTICS}
+    shown = {k: v for k, v in stats.items() if k in STATISTICS} | dict.fromkeys(objective.optional)
+    if rows.inputs is not None:
+        shown |= dict(zip(rows.names, rows.inputs.unbind(1), strict=True))
+    live = rows.factor != 0
+    if objective.joint:  # a NaN of a row that does not count must reach no other
+        shown = {k: None if v is None else _where_rows(live, v) for k, v in shown.items()}
     return RowStats(
-        valid=rows.factor != 0, sequence=rows.sequence, weight=rows.weight,
+        valid=live, sequence=rows.sequence, weight=rows.weight,
         normalizer=(stats["z_max"], stats["z_log"]), **shown,
     )  # fmt: skip
+
+
+def _where_rows(live: Tensor, values: Tensor) -> Tensor:
+    return torch.where(live if values.ndim == 1 else live[:, None], values, 0.0)
 
 
 def evaluate(task: Task, tile, teacher, rows: Rows, *, gradients: bool):
@@ -177,21 +190,24 @@ def evaluate(task: Task, tile, teacher, rows: Rows, *, gradients: bool):
         factor = torch.where(stats["supported"], factor, 0.0)
     live = factor != 0
     coef = ids_grad = None
+    # a row's own gradient is scaled by its factor after it is formed; where rows interact the losses are, before
+    after = live.to(factor.dtype) if o.joint else factor
     if gradients:
         with torch.enable_grad():
             leaves = {k: visible[k].detach().requires_grad_() for k in DIFFERENTIABLE if k in visible}
-            loss = o(view({**visible, **leaves}, rows))
+            loss = o(view(o, {**visible, **leaves}, rows))
+            total = torch.where(live, loss * factor, 0.0).sum() if o.joint else loss.sum()
             given: tuple = (None,) * len(leaves)
             if loss.requires_grad:  # an objective may be constant
-                given = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+                given = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         loss = loss.detach()
         upstream = {k: g for k, g in zip(leaves, given, strict=True) if g is not None}
         ids_grad = upstream.pop("ids", None)
-        coef = scale_coefficients(coefficients(stats, upstream, task.spec), factor)
+        coef = scale_coefficients(coefficients(stats, upstream, task.spec), after)
         if ids_grad is not None and rows.ids is not None:
-            ids_grad = torch.where(live[:, None] & (rows.ids >= 0), ids_grad * factor[:, None], 0.0)
+            ids_grad = torch.where(live[:, None] & (rows.ids >= 0), ids_grad * after[:, None], 0.0)
     else:
-        loss = o(view(visible, rows))
+        loss = o(view(o, visible, rows))
     loss = torch.where(live, loss * factor, 0.0)
     table = loss.new_empty(0, loss.shape[0]) if table is None else torch.where(rows.factor != 0, table, 0.0)
     return loss, table, coef, ids_grad
@@ -238,7 +254,7 @@ def dense_teacher(task: Task, out, tile, ids, logp, rows: Rows) -> Tensor:
 
 def make_rows(
     dtype: torch.dtype, tau: float, target, token_weight, ignore_index: int, temperature: Tensor | None,
-    flat_temperature: float, teacher_temperature: float, ids, sequence,
+    flat_temperature: float, teacher_temperature: float, ids, sequence, inputs: Tensor | None = None, names: str = "",
 ) -> Rows:  # fmt: skip
     """Per-row inputs on the target's device, in the accumulator's dtype; ``tau`` is the objective's temperature."""
     n, device = target.shape[0], target.device
@@ -256,6 +272,7 @@ def make_rows(
     return Rows(
         target=safe, valid=valid, factor=factor, inv_temp=plain / tau, teacher_inv_temp=teacher, plain_inv_temp=plain,
         ids=None if ids is None else ids.contiguous(), sequence=sequence,
+        inputs=None if inputs is None else inputs.to(dtype), names=tuple(n for n in names.split(",") if n),
     )  # fmt: skip
 
 

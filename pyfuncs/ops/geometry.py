@@ -35,7 +35,7 @@ def whole_columns(vocabulary: int) -> int:
 def chunks(
     *, rows: int, vocabulary: int, hidden: int, teacher_hidden: int = 0, weight_dtype: torch.dtype,
     compute_dtype: torch.dtype, device: torch.device, teacher: str = "", weight_grad: bool = True,
-    bias_grad: bool = False, hidden_grad: bool = True, ids: int = 0, backend: str = "torch",
+    bias_grad: bool = False, hidden_grad: bool = True, ids: int = 0, inputs: int = 0, backend: str = "torch",
     budget: int | None = None, teacher_itemsize: int = 4,
 ) -> Geometry:  # fmt: skip
     """Chunk geometry of ``linear_loss``.  ValueError if the budget does not hold one row.
@@ -44,7 +44,7 @@ def chunks(
     gradient in the operands' dtype where that differs, the teacher's logits, and copies of its rows of hidden;
     fixed are the fp32 accumulators of dW and dX where weight and hidden are narrower, a cast slab or copy of the
     weight, the torch twin's blocks (the host's lie on its threads' stacks), and a few numbers a row.  ``ids``: K of
-    a top-K teacher and of the op's ids.
+    a top-K teacher and of the op's ids; ``inputs``: how many the objective has of its own.
     """
     acc = accumulator(compute_dtype)
     size, low = acc.itemsize, compute_dtype.itemsize
@@ -60,7 +60,7 @@ def chunks(
     # hidden: gathered, cast, and its gradient; statistics: state, coefficients, leaves and their gradients
     per_row += 3 * (hidden + teacher_hidden) * size + (2 * len(STATE) + 3 * len(COEF) + 64) * 8
     per_row += 96 * ids
-    fixed = 64 * rows + (1 << 20)
+    fixed = (64 + 3 * size * inputs) * rows + (1 << 20)
     if hidden_grad and compute_dtype != acc:
         fixed += rows * hidden * size
     if mode == "upcast":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from ..objectives.aggregate import row_weights
 from ..objectives.base import Objective
 from .core import METRICS, Transforms
 from .teacher import Teacher
@@ -31,6 +34,8 @@ class Common:
     tail: str
     transforms: Transforms
     metrics: str
+    inputs: torch.Tensor | None  # (N, I)
+    names: str
 
 
 class Asked(NamedTuple):
@@ -39,6 +44,9 @@ class Asked(NamedTuple):
     name: str
     stats: tuple[str, ...]
     needs: frozenset[str]
+    inputs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    aggregate: str = "token_mean"
 
 
 def check_float(name: str, x: torch.Tensor) -> None:
@@ -83,7 +91,11 @@ def check_budget(budget: int | None) -> None:
         raise ValueError(f"budget must be a whole number of bytes; got {budget!r}")
 
 
-def _rows(name: str, value: torch.Tensor, target: torch.Tensor, *, any_device: bool = False) -> torch.Tensor:
+def _rows(
+    name: str, value: torch.Tensor, target: torch.Tensor, *, any_device: bool = False, by_sequence: bool = False
+) -> torch.Tensor:
+    if by_sequence and target.ndim == 2 and value.shape in (target.shape[:1], (target.shape[0], 1)):
+        value = value.reshape(-1, 1).expand(target.shape)
     if value.shape != target.shape:
         raise ValueError(f"{name} must have target's shape {tuple(target.shape)}; got {tuple(value.shape)}")
     if value.device != target.device and not any_device:
@@ -91,13 +103,42 @@ def _rows(name: str, value: torch.Tensor, target: torch.Tensor, *, any_device: b
     return value.reshape(-1)
 
 
+def _own_inputs(objective, given, target: torch.Tensor, device: torch.device) -> tuple[torch.Tensor | None, str]:
+    """The objective's own inputs as columns (N, I) on ``device``, and their names."""
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"inputs must be a mapping of names to tensors; got {type(given).__name__}")
+    given = {k: v for k, v in (given or {}).items() if v is not None}
+    known = (*objective.inputs, *objective.optional)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            reads = ", ".join(known) or "none"
+            raise ValueError(f"inputs: objective {objective.name!r} reads {reads}; got {name!r}{hint}")
+    missing = [name for name in objective.inputs if name not in given]
+    if missing:
+        raise ValueError(
+            f"objective {objective.name!r} needs inputs={{{', '.join(f'{n!r}: ...' for n in missing)}}}, "
+            "numbers that come with the data, one a row"
+        )
+    if not given:
+        return None, ""
+    columns = []
+    for name, value in given.items():
+        check_float(f"inputs[{name!r}]", value)
+        columns.append(_rows(f"inputs[{name!r}]", value.detach(), target, any_device=True, by_sequence=True))
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in columns) else torch.float32
+    return torch.stack([x.to(device, wide, non_blocking=True) for x in columns], 1), ",".join(given)
+
+
 def prepare(
     objective, rows_shape: torch.Size, vocabulary: int, device: torch.device, target, *, ids, sequences, token_weight,
-    teacher, reduction, num_items, scale, softcap, temperature, metrics, ignore_index,
+    teacher, reduction, num_items, scale, softcap, temperature, metrics, ignore_index, dtype: torch.dtype,
+    inputs=None,
 ) -> Common:  # fmt: skip
     """Validate and flatten; raises ValueError or TypeError that names the argument and what it got.
 
-    ``objective`` is one, or an ``Asked`` of what a call without one reads.
+    ``objective`` is one, or an ``Asked`` of what a call without one reads.  ``dtype``: the accumulator's.
     """
     if not isinstance(objective, (Objective, Asked)):
         raise TypeError(
@@ -141,7 +182,7 @@ def prepare(
             )
     if token_weight is not None:
         check_float("token_weight", token_weight)
-        token_weight = _rows("token_weight", token_weight, target, any_device=True).detach()
+        token_weight = _rows("token_weight", token_weight, target, any_device=True, by_sequence=True).detach()
     if ids is not None:
         if not isinstance(ids, torch.Tensor):
             raise TypeError(f"ids must be a tensor; got {type(ids).__name__}")
@@ -178,6 +219,15 @@ def prepare(
             raise ValueError(f"num_items must be a number >= 0 or a 0-dim tensor; got {num_items!r}")
         if denominator.ndim:
             raise ValueError(f"num_items must be a number or a 0-dim tensor; got shape {tuple(denominator.shape)}")
+    if reduction == "mean":
+        share, items = row_weights(objective.aggregate, target.reshape(-1) != ignore_index, sequence, dtype)
+        if share is not None:
+            if token_weight is not None:
+                share = token_weight.to(dtype) * share.to(token_weight.device, non_blocking=True)
+            token_weight = share
+        if items is not None and denominator is None:
+            denominator = items.to(device, torch.float32, non_blocking=True)
+    columns, names = _own_inputs(objective, inputs, target, device)
     metrics = tuple(metrics)
     for name in metrics:
         if name not in METRICS:
@@ -198,7 +248,7 @@ def prepare(
                 raise ValueError(f"objective {objective.name!r} is infinite where a top-K teacher has tail='zero'")
     return Common(
         target.reshape(-1), token_weight, rows_temperature, flat, denominator, ids, sequence, tensors, kind, tail,
-        transforms, ",".join(metrics),
+        transforms, ",".join(metrics), columns, names,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ gradient; for ``reduction="none"`` and for heads in parts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -52,10 +53,10 @@ _BOUNDED_ON = dispatch.GPU_DEVICES
 def linear_loss(
     hidden: Tensor, weight: Weight, target: Tensor, objective, *, bias: Tensor | None = None,
     token_weight: Tensor | None = None, teacher: Teacher | None = None, ids: Tensor | None = None,
-    sequences: Tensor | None = None, reduction: str = "mean", num_items=None, num_valid: int | str | None = None,
-    ignore_index: int = -100, scale: float = 1.0, softcap: float | None = None, temperature=1.0,
-    metrics: tuple[str, ...] = (), plan: str = "auto", budget: int | None = None, backend: str = "auto", sink=None,
-    group=None,
+    sequences: Tensor | None = None, inputs: Mapping[str, Tensor] | None = None, reduction: str = "mean",
+    num_items=None, num_valid: int | str | None = None, ignore_index: int = -100, scale: float = 1.0,
+    softcap: float | None = None, temperature=1.0, metrics: tuple[str, ...] = (), plan: str = "auto",
+    budget: int | None = None, backend: str = "auto", sink=None, group=None,
 ):  # fmt: skip
     r"""A token objective on softmax(hidden W^T + bias), fused with the projection.
 
@@ -68,23 +69,25 @@ def linear_loss(
             is on a GPU: the rows that count are then known without a device sync.
         objective: ``burnish.objectives.*`` or your own (``burnish.objective``).
         bias: (V,).
-        token_weight: target's shape; multiplies each loss.  Rows with 0 count in the mean's denominator
-            but are not projected.  Not differentiated.
+        token_weight: target's shape, or (B,) for a (B, T) target; multiplies each loss.  Rows with 0 count in the
+            mean's denominator but are not projected.  Not differentiated.
         teacher: ``burnish.Teacher``, where the objective needs one.
         ids: target's shape + (K,) int64, -1 for none, for objectives that read ``ids``.
-        sequences: target's shape, int64; for objectives that couple a sequence's tokens.  A (B, T)
+        sequences: target's shape, int64; for objectives that couple or count a sequence's tokens.  A (B, T)
             target has its rows as sequences by default.
-        reduction: "mean" (over labels that are not ignored, whatever their weight; 0 if there is none),
-            "sum" or "none".
-        num_items: denominator of the mean instead: a number or 0-dim tensor, for gradient accumulation; 0 counts
-            as 1.
+        inputs: {name: target's shape, or (B,) or (B, 1) for a (B, T) target}, floats, for objectives with inputs of
+            their own (``advantages``, ``old_logp``, ...); on hidden's device or target's.  Not differentiated.
+        reduction: "mean" (over labels that are not ignored, whatever their weight; 0 if there is none; some objectives
+            take it over sequences, ``Objective.aggregate``), "sum" or "none".
+        num_items: denominator of the mean instead: a number or 0-dim tensor, for gradient accumulation
+            (``objectives.count_items``); 0 counts as 1.
         num_valid: upper bound on the rows that count, so that a GPU can drop the others before
             projecting without a sync; "sync" reads the number from the device.  Not needed on the CPU.
         scale, softcap, temperature: z = softcap tanh(scale z / softcap) / temperature; temperature is a
             number, a 0-dim tensor, or one a token.
         metrics: per-token diagnostics to return: nll, logp, entropy, hit, lse, square, top_entropy.
-        plan: "tokens" (three GEMMs; a mean or a sum over a head that is one tensor) or "vocab" (four; everything, and
-            the gradients of any upstream); "auto" takes "tokens" where it can be.
+        plan: "tokens" (three GEMMs; a mean or a sum over a head that is one tensor, rows that do not interact) or
+            "vocab" (four; everything, and the gradients of any upstream); "auto" takes "tokens" where it can be.
         budget: bytes of scratch beside inputs, outputs and gradients; fixes the chunk size.  Default:
             what 256 tokens need on a CPU, 1024 elsewhere; in the vocabulary-outer order, a slab's tile.
         backend: "auto" (the tensors' device), "triton", "host" (C++ on the CPU) or "torch".
@@ -116,24 +119,30 @@ def linear_loss(
     options = {
         "ids": ids, "sequences": sequences, "token_weight": token_weight, "reduction": reduction,
         "num_items": num_items, "scale": scale, "softcap": softcap, "temperature": temperature, "metrics": metrics,
-        "ignore_index": ignore_index,
+        "ignore_index": ignore_index, "inputs": inputs,
     }  # fmt: skip
     parts = not isinstance(weight, Tensor) or shards.is_dtensor(weight) or sink is not None or group is not None
-    if plan == "vocab" or parts or reduction == "none":
+    joint = getattr(objective, "joint", False)
+    if plan == "vocab" or parts or joint or reduction == "none":
         if plan == "tokens":
             raise ValueError(
                 "plan='tokens' makes its gradients in forward: it takes a head that is one tensor and reduction "
-                f"'mean' or 'sum', no sink and no group; got reduction={reduction!r}"
+                "'mean' or 'sum', no sink, no group, and no objective whose rows interact; got "
+                + (f"objective {objective.name!r}" if joint else f"reduction={reduction!r}")
             )
         given = resolve(hidden, weight, bias, teacher, group, sink)
         c = prepare(
-            objective, hidden.shape[:-1], given.head.rows, hidden.device, target, teacher=given.teacher, **options
-        )
+            objective, hidden.shape[:-1], given.head.rows, hidden.device, target, teacher=given.teacher,
+            dtype=accumulator(given.compute), **options,
+        )  # fmt: skip
         loss, table = _vocabulary_outer(given, c, objective, reduction, ignore_index, valid, budget, backend)
         return unpack(loss, table, target.shape, reduction, c.metrics)
     assert isinstance(weight, Tensor)
     compute = check_operands(hidden, weight, bias)
-    c = prepare(objective, hidden.shape[:-1], weight.shape[0], hidden.device, target, teacher=teacher, **options)
+    c = prepare(
+        objective, hidden.shape[:-1], weight.shape[0], hidden.device, target, teacher=teacher,
+        dtype=accumulator(compute), **options,
+    )  # fmt: skip
     needs = 0
     if torch.is_grad_enabled():
         needs |= HIDDEN_GRAD if hidden.requires_grad else 0
@@ -149,7 +158,7 @@ def linear_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, c.target, c.token_weight, c.temperature, c.denominator,
         c.ids, c.sequence, c.teacher, objective.key, c.teacher_kind, c.tail, t.scale, t.softcap, t.teacher_scale,
         t.teacher_softcap, t.teacher_temperature, c.flat_temperature, ignore_index, valid,
-        -1 if budget is None else budget, needs, compute, reduction, c.metrics, backend,
+        -1 if budget is None else budget, needs, compute, reduction, c.metrics, backend, c.inputs, c.names,
     )  # fmt: skip
     return unpack(loss, table, target.shape, reduction, c.metrics)
 
@@ -191,7 +200,7 @@ def _vocabulary_outer(
     visible = {k: values[k].clone() for k in (*objective.stats, "lse", "z_max", "z_log")}
     if "supported" in values:
         factor = torch.where(values["supported"] > 0, factor, 0.0)
-    losses = torch.where(factor != 0, objective(view(visible, rows)) * factor, 0.0)
+    losses = torch.where(factor != 0, objective(view(objective, visible, rows)) * factor, 0.0)
     loss, _ = reduce(losses, every, reduction, c.denominator)
     if reduction == "none":
         loss = _spread(loss, index, real, n)
@@ -204,7 +213,7 @@ class _Pass:
     def __init__(
         self, hidden, weight, bias, target, token_weight, temperature, ids, sequence, teacher, objective, teacher_kind,
         tail, transforms: Transforms, flat_temperature, ignore_index, num_valid, budget, needs, compute_dtype, metrics,
-        backend,
+        backend, inputs, names,
     ):  # fmt: skip
         device = hidden.device
         self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
@@ -221,7 +230,7 @@ class _Pass:
         ]
         rows = make_rows(
             task.dtype, task.objective.temperature, moved[0], moved[1], ignore_index, moved[2], flat_temperature,
-            transforms.teacher_temperature, ids, moved[3],
+            transforms.teacher_temperature, ids, moved[3], inputs, names,
         )  # fmt: skip
         self.all_rows = rows
         self.rows, self.real = _take_rows(rows, self.index, target, num_valid)
@@ -237,6 +246,7 @@ class _Pass:
             hidden_grad=bool(needs & HIDDEN_GRAD),
             ids=(teacher[0].shape[1] if teacher_kind == "topk" else 0) + (0 if ids is None else ids.shape[1]),
             teacher_itemsize=teacher[0].element_size() if teacher_kind == "logits" else 4,
+            inputs=0 if inputs is None else inputs.shape[1],
         )  # fmt: skip
         size = min(self.geometry.rows, self.count)
         # columns beyond the vocabulary are masked logits: rows of whole 16s are moved 16 bytes at a time.  Not under a
@@ -358,7 +368,7 @@ def _forward(
     teacher: list[Tensor], objective: str, teacher_kind: str, tail: str, scale: float, softcap: float,
     teacher_scale: float, teacher_softcap: float, teacher_temperature: float, flat_temperature: float,
     ignore_index: int, num_valid: int, budget: int, needs: int, compute_dtype: torch.dtype, reduction: str,
-    metrics: str, backend: str,
+    metrics: str, backend: str, inputs: Tensor | None, names: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """loss, metrics (M, N), dX, dW, db, 1 / count; what is not needed is empty.
 
@@ -369,7 +379,7 @@ def _forward(
     walk = _Pass(
         hidden, weight, bias, target, token_weight, temperature, ids, sequence, teacher, objective, teacher_kind, tail,
         Transforms(scale, softcap, teacher_scale, teacher_softcap, teacher_temperature), flat_temperature,
-        ignore_index, num_valid, budget, needs, compute_dtype, metrics, backend,
+        ignore_index, num_valid, budget, needs, compute_dtype, metrics, backend, inputs, names,
     )  # fmt: skip
     task = walk.task
     # everything the sum is divided by is known before the first chunk
@@ -398,7 +408,7 @@ _linear_loss = registered("burnish::linear_loss", _forward)
 @_linear_loss.register_fake
 def _(hidden, weight, bias, target, token_weight, temperature, denominator, ids, sequence, teacher, objective,
       teacher_kind, tail, scale, softcap, teacher_scale, teacher_softcap, teacher_temperature, flat_temperature,
-      ignore_index, num_valid, budget, needs, compute_dtype, reduction, metrics, backend):  # fmt: skip
+      ignore_index, num_valid, budget, needs, compute_dtype, reduction, metrics, backend, inputs, names):  # fmt: skip
     n, dtype = hidden.shape[0], accumulator(compute_dtype)
     count = len([m for m in metrics.split(",") if m])
     dx = hidden.new_empty(hidden.shape if needs & HIDDEN_GRAD else (0,), dtype=dtype)

@@ -104,6 +104,7 @@ def linear_stats(
         Asked("linear_stats", names, needs), hidden.shape[:-1], given.head.rows, hidden.device, target, ids=ids,
         sequences=None, token_weight=None, teacher=given.teacher, reduction="none", num_items=None, scale=scale,
         softcap=softcap, temperature=temperature, metrics=(), ignore_index=ignore_index,
+        dtype=accumulator(given.compute),
     )  # fmt: skip
     check_budget(budget)
     rows = rows_of(c, given, 1.0, ignore_index)
@@ -208,7 +209,7 @@ def rows_of(c: Common, given: Given, tau: float, ignore_index: int) -> Rows:
     ]
     return make_rows(
         accumulator(given.compute), tau, moved[0], moved[1], ignore_index, moved[2], c.flat_temperature,
-        c.transforms.teacher_temperature, c.ids, moved[3],
+        c.transforms.teacher_temperature, c.ids, moved[3], c.inputs, c.names,
     )  # fmt: skip
 
 

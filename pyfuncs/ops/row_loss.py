@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -31,9 +33,9 @@ from .teacher import Teacher, cut
 
 def row_loss(
     logits: Tensor, target: Tensor, objective, *, token_weight: Tensor | None = None, teacher: Teacher | None = None,
-    ids: Tensor | None = None, sequences: Tensor | None = None, reduction: str = "mean", num_items=None,
-    ignore_index: int = -100, scale: float = 1.0, softcap: float | None = None, temperature=1.0,
-    metrics: tuple[str, ...] = (), backend: str = "auto",
+    ids: Tensor | None = None, sequences: Tensor | None = None, inputs: Mapping[str, Tensor] | None = None,
+    reduction: str = "mean", num_items=None, ignore_index: int = -100, scale: float = 1.0,
+    softcap: float | None = None, temperature=1.0, metrics: tuple[str, ...] = (), backend: str = "auto",
 ):  # fmt: skip
     """A token objective on existing logits.
 
@@ -42,7 +44,7 @@ def row_loss(
 
     Args:
         logits: (N, V) or (B, T, V), not shifted; fp32, bf16, fp16 or fp64.  Never written.
-        others: as in ``linear_loss``.
+        others: as in ``linear_loss``.  An objective whose rows interact takes reduction "mean" or "sum".
 
     Returns: as ``linear_loss``.
     """
@@ -52,8 +54,14 @@ def row_loss(
     c = prepare(
         objective, logits.shape[:-1], logits.shape[-1], logits.device, target, ids=ids, sequences=sequences,
         token_weight=token_weight, teacher=teacher, reduction=reduction, num_items=num_items, scale=scale,
-        softcap=softcap, temperature=temperature, metrics=metrics, ignore_index=ignore_index,
+        softcap=softcap, temperature=temperature, metrics=metrics, ignore_index=ignore_index, inputs=inputs,
+        dtype=accumulator(logits.dtype),
     )  # fmt: skip
+    if objective.joint and reduction == "none":
+        raise ValueError(
+            f"reduction must be 'mean' or 'sum' where rows interact, as those of {objective.name!r} do; got 'none', "
+            "which linear_loss has"
+        )
     t = c.transforms
     op = _RowLoss.apply
     if torch.compiler.is_compiling():
@@ -61,14 +69,15 @@ def row_loss(
     loss, table, *_ = op(
         logits.reshape(-1, logits.shape[-1]), c.target, c.token_weight, c.temperature, c.denominator, c.ids, c.sequence,
         c.teacher, objective.key, c.teacher_kind, c.tail, t.scale, t.softcap, t.teacher_scale, t.teacher_softcap,
-        t.teacher_temperature, c.flat_temperature, ignore_index, reduction, c.metrics, backend,
+        t.teacher_temperature, c.flat_temperature, ignore_index, reduction, c.metrics, backend, c.inputs, c.names,
     )  # fmt: skip
     return unpack(loss, table, target.shape, reduction, c.metrics)
 
 
 def _setup(
     logits, target, token_weight, temperature, ids, sequence, objective, teacher_kind, tail, scale, softcap,
-    teacher_scale, teacher_softcap, teacher_temperature, flat_temperature, ignore_index, metrics, backend,
+    teacher_scale, teacher_softcap, teacher_temperature, flat_temperature, ignore_index, metrics, backend, inputs=None,
+    names="",
 ) -> tuple[Task, Rows, Tensor]:  # fmt: skip
     transforms = Transforms(scale, softcap, teacher_scale, teacher_softcap, teacher_temperature)
     task = Task.bind(
@@ -81,7 +90,7 @@ def _setup(
         task.dtype, task.objective.temperature, target.to(device),
         None if token_weight is None else token_weight.to(device), ignore_index,
         None if temperature is None else temperature.to(device), flat_temperature, teacher_temperature, ids,
-        None if sequence is None else sequence.to(device),
+        None if sequence is None else sequence.to(device), inputs, names,
     )  # fmt: skip
     return task, rows, logits if logits.stride(1) == 1 else logits.contiguous()
 
@@ -106,11 +115,13 @@ def _forward(
     denominator: Tensor | None, ids: Tensor | None, sequence: Tensor | None, teacher: list[Tensor], objective: str,
     teacher_kind: str, tail: str, scale: float, softcap: float, teacher_scale: float, teacher_softcap: float,
     teacher_temperature: float, flat_temperature: float, ignore_index: int, reduction: str, metrics: str, backend: str,
+    inputs: Tensor | None, names: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """loss, metrics (M, N), coefficients, ids_grad."""
     task, rows, tile = _setup(
         logits, target, token_weight, temperature, ids, sequence, objective, teacher_kind, tail, scale, softcap,
-        teacher_scale, teacher_softcap, teacher_temperature, flat_temperature, ignore_index, metrics, backend,
+        teacher_scale, teacher_softcap, teacher_temperature, flat_temperature, ignore_index, metrics, backend, inputs,
+        names,
     )  # fmt: skip
     t = _teacher_tile(task, tile, teacher, rows)
     if task.objective.couple is not None:
@@ -133,7 +144,7 @@ _row_loss = registered("burnish::row_loss", _forward)
 @_row_loss.register_fake
 def _(logits, target, token_weight, temperature, denominator, ids, sequence, teacher, objective, teacher_kind, tail,
       scale, softcap, teacher_scale, teacher_softcap, teacher_temperature, flat_temperature, ignore_index, reduction,
-      metrics, backend):  # fmt: skip
+      metrics, backend, inputs, names):  # fmt: skip
     n, dtype = logits.shape[0], accumulator(logits.dtype)
     count = len([m for m in metrics.split(",") if m])
     loss = logits.new_empty((n,) if reduction == "none" else (), dtype=dtype)
@@ -194,7 +205,7 @@ def _(upstream, coef, ids_grad, logits, *args):
 
 
 def _keep(ctx, inputs, output):
-    (logits, target, token_weight, temperature, _, ids, _, teacher, *options) = inputs
+    (logits, target, token_weight, temperature, _, ids, _, teacher, *options, _, _) = inputs
     _, table, coef, ids_grad = output
     ctx.save_for_backward(logits, target, token_weight, temperature, ids, coef, ids_grad, *teacher)
     ctx.options = options

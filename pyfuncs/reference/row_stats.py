@@ -69,8 +69,9 @@ def row_stats(z, target, *, teacher=None, alpha=1.0, eta=0.0, beta=0.5, top_k=2,
 
 
 def row_loss(
-    logits, target, objective, *, teacher=None, ids=None, token_weight=None, sequences=None, ignore_index=-100,
-    scale=1.0, softcap=None, temperature=1.0, teacher_scale=1.0, teacher_softcap=None, teacher_temperature=1.0,
+    logits, target, objective, *, teacher=None, ids=None, token_weight=None, sequences=None, inputs=None,
+    ignore_index=-100, scale=1.0, softcap=None, temperature=1.0, teacher_scale=1.0, teacher_softcap=None,
+    teacher_temperature=1.0,
 ):  # fmt: skip
     """Per-token losses (N,) of any objective, differentiable in ``logits`` by autograd."""
     tau = objective.temperature
@@ -93,11 +94,14 @@ def row_loss(
     stats["prob"] = stats["logp"].exp()
     if ids is not None:
         stats["ids_logp"] = stats["ids"] - stats["lse"][:, None]
-    s = SimpleNamespace(**stats, valid=valid, sequence=sequences, weight=None)
+    given = dict.fromkeys(o.optional) | (inputs or {})
+    counted = valid if token_weight is None else valid & (token_weight != 0)
+    s = SimpleNamespace(**stats, **given, valid=counted, sequence=sequences, weight=None)
     if o.couple is not None:
-        rows = torch.where(valid if token_weight is None else valid & (token_weight != 0))[0]
+        rows = torch.where(counted)[0]
         # only rows that count are coupled
         part = {k: v[rows].detach() for k, v in stats.items()}
+        part |= {k: None if v is None else v[rows] for k, v in given.items()}
         w = torch.zeros_like(stats["lse"])
         sequence = None if sequences is None else sequences[rows]
         kept = SimpleNamespace(**part, valid=valid[rows], sequence=sequence, weight=None)

@@ -329,6 +329,10 @@ def test_refusals():
         fuse_lm_head(model, nll(), metrics=("speed",))
     with pytest.raises(ValueError, match="no backbone"):
         fuse_lm_head(torch.nn.Linear(2, 2), nll())
+    with pytest.raises(ValueError, match="'dapo' needs advantages"):
+        fuse_lm_head(model, burnish.objectives.dapo())
+    with pytest.raises(ValueError, match="aggregate='sequence_mean_token_sum'"):
+        fuse_lm_head(model, burnish.objectives.weighted_nll("sequence_mean_token_sum"))
     handle = fuse_lm_head(model, nll())
     with pytest.raises(ValueError, match="fused already"):
         fuse_lm_head(model, nll())

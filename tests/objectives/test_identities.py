@@ -23,7 +23,7 @@ def data(seed=0, scale=2.0):
 def value_grad(objective, z, y, t=None, **kw):
     z = z.clone().requires_grad_()
     teacher = None if t is None else Teacher(logits=t)
-    loss = row_loss(z, y, objective, teacher=teacher, reduction="none", **kw)
+    loss = row_loss(z, y, objective, teacher=teacher, reduction=cases.summed(objective), **kw)
     return loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
 
 

@@ -20,7 +20,8 @@ def fresh_compilation():
         yield
 
 
-NAMES = [("nll", {}), ("target_sft", {"eta": 0.5}), ("jsd", {}), ("iw_sft", {}), ("unlikelihood", {})]
+NAMES = [("nll", {}), ("target_sft", {"eta": 0.5}), ("jsd", {}), ("iw_sft", {}), ("unlikelihood", {}),
+         ("grpo", {"beta": 0.1, "entropy": 0.01})]  # fmt: skip
 
 
 def problem(name, arguments):
@@ -30,7 +31,7 @@ def problem(name, arguments):
 
 
 # the slow compiler on one graph without a teacher and one with
-CASES = [(*case, "aot_eager") for case in NAMES] + [(*case, "inductor") for case in NAMES[:2]]
+CASES = [(*case, "aot_eager") for case in [*NAMES, ("gspo", {})]] + [(*case, "inductor") for case in NAMES[:2]]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

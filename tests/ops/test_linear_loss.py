@@ -47,13 +47,13 @@ def test_every_objective(ident, name, arguments, dtype, backend):
     o, hidden, weight, bias, target, extra = cases.problem(name, arguments)
     loss, (dx, dw, db) = reference_grads(o, hidden, weight, bias, target, extra)
     z = (hidden @ weight.T + bias).to(dtype).requires_grad_()
-    got = row_loss(z, target, o, reduction="none", backend=backend, **cast(extra, dtype))
+    got = row_loss(z, target, o, reduction=cases.summed(o), backend=backend, **cast(extra, dtype))
     (dz,) = torch.autograd.grad(got.sum(), z)
     want = torch.autograd.functional.vjp(
         lambda q: reference.row_loss(
             q, target, o, teacher=cases.dense_teacher(extra), **{k: v for k, v in extra.items() if k != "teacher"}
         ).sum(), z.detach().double())[1]  # fmt: skip
-    assert relative(got, loss) <= tol
+    assert relative(got, loss.sum() if o.joint else loss) <= tol
     assert relative(dz, want) <= tol
     for reduction in ("sum", "none"):
         leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
@@ -522,6 +522,7 @@ def test_no_device_sync(monkeypatch):
 
     from burnish.ops import core
     from burnish.ops import linear_loss as module
+    from burnish.ops import linear_stats as stats_module
 
     class NoSync(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -532,6 +533,7 @@ def test_no_device_sync(monkeypatch):
     # as if the labels lay on a GPU: no range check, no dropping
     monkeypatch.setattr(core, "check_labels", lambda *a: None)
     monkeypatch.setattr(module, "check_labels", lambda *a: None)
+    monkeypatch.setattr(stats_module, "check_labels", lambda *a: None)
     monkeypatch.setattr(module, "_kept", lambda *a: None)
     for _, name, arguments in cases.all_objectives():
         o, hidden, weight, bias, target, extra = cases.problem(name, arguments, dtype=torch.float32)
@@ -652,7 +654,9 @@ def test_every_objective_without_a_row_that_counts(ident, name, arguments):
             assert loss == 0
             assert all(not x.grad.any() for x in leaves)
             z = (hidden @ weight.T + bias).requires_grad_()
-            loss = row_loss(z, target, o, reduction=reduction, **extra).sum()
+            loss = row_loss(
+                z, target, o, reduction=cases.summed(o) if reduction == "none" else reduction, **extra
+            ).sum()
             loss.backward()
             assert loss == 0 and not z.grad.any()
 

@@ -85,6 +85,10 @@ def test_both_orders_agree(ident, name, arguments, small_tiles):
     o, hidden, weight, bias, target, extra = cases.problem(name, arguments, n=N, v=V)
     ours = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     out = []
+    if o.joint:
+        with pytest.raises(ValueError, match=f"no objective whose rows interact; got objective '{name}'"):
+            linear_loss(*ours[:2], target, o, bias=ours[2], plan="tokens", **extra)
+        return
     for plan in ("tokens", "vocab"):
         loss, info = linear_loss(
             *ours[:2], target, o, bias=ours[2], plan=plan, metrics=("entropy", "hit", "nll"), softcap=7.0, **extra

@@ -84,6 +84,29 @@ def test_the_budget_is_not_a_function_of_the_rows():
     assert large < 32768 * V * 4 / 8
 
 
+@pytest.mark.parametrize(("name", "plan"), [("grpo", "chunks"), ("gspo", "slabs")])
+def test_inputs_and_sequences_cost_a_few_numbers_a_row(name, plan):
+    """Advantages, two policies' log-probabilities and a mean over sequences, within the budget of the formula."""
+    size, length = 128, 256
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(size, length, H, generator=g).requires_grad_()
+    weight = torch.randn(V, H, generator=g).requires_grad_()
+    target = torch.randint(0, V, (size, length), generator=g)
+    target[:, ::3] = -100
+    o = objectives.get(name, beta=0.1, entropy=0.01)
+    inputs = {k: torch.zeros(size, length) for k in ("old_logp", "ref_logp")} | {"advantages": torch.ones(size)}
+    shape = getattr(geometry, plan)(
+        rows=size * length, vocabulary=V, hidden=H, weight_dtype=torch.float32, compute_dtype=torch.float32,
+        device=hidden.device, backend="host", **({"inputs": 3} if plan == "chunks" else {}),
+    )  # fmt: skip
+    with LiveBytes() as counter:
+        loss = linear_loss(hidden, weight, target, o, inputs=inputs, backend="host")
+        loss.backward()
+    extra = counter.peak - sum(x.numel() * x.element_size() for x in (hidden.grad, weight.grad))
+    print(f"{extra / 2**20:.1f} of {shape.budget / 2**20:.1f} MiB")
+    assert extra <= shape.budget
+
+
 def test_geometry_is_a_pure_function_with_a_clear_floor():
     common = {"rows": 4096, "vocabulary": 49152, "hidden": 576, "weight_dtype": torch.bfloat16,
               "compute_dtype": torch.bfloat16, "device": torch.device("cpu")}  # fmt: skip
