@@ -13,9 +13,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 
+from .methods import sft_options
 from .methods.demo_options import DemoOptions
+from .methods.options import add_flags, assignments, given_flags
 from .methods.processes import leave_it_to_the_first, speaks
-from .methods.sft_options import OPTIONS, assignments, merge
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,17 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="burnish", description="Fused fine-tuning objectives, and the methods on top.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     sft = commands.add_parser("sft", help="fine-tune a model with an objective", description=_sft.__doc__)
-    sft.add_argument("--config", metavar="FILE.yaml", help="options by name; flags override it")
-    for name, option in OPTIONS.items():
-        flag = f"--{name.replace('_', '-')}"
-        if name == "set":
-            about = "any other trl.SFTConfig field; repeatable"
-            sft.add_argument(flag, action="append", metavar="KEY=VALUE", help=about)
-        elif option.default is False:
-            sft.add_argument(flag, action="store_true", default=None, help=option.help)
-        else:
-            shown = "" if option.default in (None, {}) else f" ({option.default})"
-            sft.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=option.help + shown)
+    add_flags(sft, sft_options.OPTIONS, "trl.SFTConfig")
     sft.add_argument("--objective-arg", action="append", metavar="KEY=VALUE", help="one argument; repeatable")
     sft.set_defaults(run=_sft)
     chunkft = commands.add_parser("chunkft", help="full fine-tuning, one chunk of the parameters at a time")
@@ -133,20 +124,17 @@ def _add_tokens(actions) -> None:
 
 def _sft(arguments: argparse.Namespace):
     """Fine-tune a causal LM with any token objective; only the loss differs from TRL's SFTTrainer."""
-    flags = {k: v for k in OPTIONS if (v := getattr(arguments, k)) is not None}
-    if "set" in flags:
-        flags["set"] = assignments(flags["set"], "--set")
-    options = merge(flags, arguments.config)
+    options = sft_options.merge(given_flags(arguments, sft_options.OPTIONS), arguments.config)
     options["objective_args"].update(assignments(arguments.objective_arg or [], "--objective-arg"))
     # what TRL and transformers deprecate among themselves is nothing the user of this command can change
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers)\b")
     try:
         from .methods import run_sft
 
-        trainer, data, checkpoint, broken = run_sft.prepare(options)
+        trainer, data, directory = run_sft.prepare(options)
     except ImportError as error:
         raise ValueError(f"burnish sft needs its training packages: pip install 'burnish[train]' ({error})") from error
-    return lambda: run_sft.train(trainer, data, checkpoint, broken, options)
+    return lambda: run_sft.train(trainer, data, directory)
 
 
 def _chunkft_plan(arguments: argparse.Namespace) -> None:

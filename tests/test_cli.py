@@ -16,7 +16,7 @@ import tiny_models as tiny
 import torch
 
 from burnish.cli import main
-from burnish.methods import sft_options
+from burnish.methods import options, sft_options
 
 
 @pytest.fixture(scope="module")
@@ -137,17 +137,17 @@ def test_flags_override_yaml_which_overrides_defaults(tmp_path):
     assert got["objective_args"] == {"eta": 1, "trust": 0.2}
     assert got["set"] == {"warmup_steps": 9, "weight_decay": 0.01}
     assert sft_options.OPTIONS["set"].default == {}  # a default is never written to
-    assert sft_options.assignments(["a=1", "b=1e-3", "c=x", "d=null", "e=true"], "--set") == {
+    assert options.assignments(["a=1", "b=1e-3", "c=x", "d=null", "e=true"], "--set") == {
         "a": 1, "b": 1e-3, "c": "x", "d": None, "e": True,
     }  # fmt: skip
 
 
 def test_scalars_are_those_of_yaml_1_2():
-    read = sft_options.parse_yaml
+    read = options.parse_yaml
     assert read("[no, off, 1.5, -.5e3, 7, 2e-5, .inf, '1', 1.2.3, False, null]") == [
         "no", "off", 1.5, -500.0, 7, 2e-5, float("inf"), "1", "1.2.3", False, None,
     ]  # fmt: skip
-    assert sft_options.assignments(["save_strategy=no"], "--set") == {"save_strategy": "no"}
+    assert options.assignments(["save_strategy=no"], "--set") == {"save_strategy": "no"}
 
 
 def test_a_run_from_yaml(paths, tmp_path, capfd):

@@ -15,6 +15,8 @@ from . import gemm
 #: its product: at C = 256 that is 64 FLOPs a byte, at 1024 on a GPU 256.
 DEFAULT_ROWS = {"cpu": 256}
 DEFAULT_ROWS_GPU = 1024
+#: Where the weight is cast up, twice a chunk, chunks grow with the rows, as far as this.
+MOST_CAST_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def chunks(
         fixed += scratch_bytes(vocabulary, size)
     if budget is None:
         default = DEFAULT_ROWS.get(device.type, DEFAULT_ROWS_GPU)
+        if mode == "upcast":  # at most an eighth of the logits that exist otherwise
+            default = max(default, min(rows // 8, MOST_CAST_ROWS))
         budget = fixed + per_row * min(default, max(rows, 1))
     count = (budget - fixed) // per_row
     if count < 1:
