@@ -221,13 +221,21 @@ def _way_cell(cell: dict, names: tuple[str, ...]) -> str:
 
 
 def linear_loss_cpu() -> str:
-    file = RESULTS / "linear_loss_cpu.json"
+    return _side_by_side("linear_loss")
+
+
+def policy_cpu() -> str:
+    return _side_by_side("policy")
+
+
+def _side_by_side(script: str) -> str:
+    file = RESULTS / f"{script}_cpu.json"
     if not file.exists():
         return NOT_YET
     r = json.loads(file.read_text())
     lines = [
         f"CPU ({r['capability']}), {r['threads']} threads, {_libraries(r['versions'])} "
-        "(`benchmarks/results/linear_loss_cpu.json`; `benchmarks/linear_loss.py` says how). A cell: median time over "
+        f"(`benchmarks/results/{script}_cpu.json`; `benchmarks/linear_loss.py` says how). A cell: median time over "
         "the bare GEMMs of the same order, extra peak memory of the process, larger relative error of dX and dW "
         "against fp64. [n]: at n rows, where all would take too long. Of several forms of a column, the fastest.",
     ]
@@ -643,6 +651,7 @@ PARTS = {
     "chunkft memory": ("docs/chunkft.md", chunkft_memory),
     "chunkft": ("docs/chunkft.md", chunkft),
     "linear_loss_cpu": ("docs/linear_loss.md", linear_loss_cpu),
+    "policy_cpu": ("docs/policy.md", policy_cpu),
     "correctness": ("docs/linear_loss.md", correctness),
     "target_sft": ("docs/target_sft.md", target_sft),
     "static": ("docs/kernels.md", static),

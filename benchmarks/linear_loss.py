@@ -34,13 +34,15 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from peers import OBJECTIVES, Problem, Way, exact, has_teacher, our_ways, peer_ways, problem
+from peers import OBJECTIVES, POLICY, Problem, Way, exact, has_teacher, our_ways, peer_ways, problem
 
 import burnish
 from burnish.kernels import dispatch
-from burnish.ops.geometry import DEFAULT_ROWS, DEFAULT_ROWS_GPU
+from burnish.ops.geometry import default_rows
 
 SHAPES = ["1024,576,49152", "4096,576,49152", "2048,1536,151936"]
+QUICK = ("nll", "dft", "target_sft")
+LOSSES = tuple(name for name in OBJECTIVES if name not in POLICY)
 #: FLOPs of the fp64 reference, which fix the rows that errors are measured on.
 ERROR_FLOPS = 1.2e11
 FIRST_PROBE = 32
@@ -54,7 +56,6 @@ class Device:
         cuda = kind == "cuda"
         self.sync: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
         self.name = torch.cuda.get_device_name().replace(" ", "_").lower() if cuda else "cpu"
-        self.chunk = DEFAULT_ROWS.get(kind, DEFAULT_ROWS_GPU)
 
     def seconds(self, call: Callable[[], object]) -> float:
         self.sync()
@@ -92,13 +93,14 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) << 10
 
 
-def floor_call(p: Problem, chunk: int, native: bool, teacher: bool, logits: int) -> Callable[[], object]:
-    """The bare products.  ``native``: in the operands' dtype; else in fp32 of operands cast up once.
+def floor_call(p: Problem, native: bool, teacher: bool, logits: int) -> Callable[[], object]:
+    """The bare products, in our chunks.  ``native``: in the operands' dtype; else in fp32 of operands cast up once.
 
     ``logits``: how often the logits' products are made, 1 or 2.
     """
     low, cuda = p.weight.dtype != torch.float32, p.weight.device.type == "cuda"
     n, v = p.hidden.shape[0], p.weight.shape[0]
+    chunk = default_rows(n, "upcast" if low and not cuda else "native", p.weight.device.type)
     mixed = {"out_dtype": torch.float32} if low and native and cuda else {}
 
     def call() -> None:
@@ -183,7 +185,7 @@ class Cell:
         part = self.p.rows(rows)
         if name.startswith("floor"):
             logits = 2 if name == "floor_recompute" else 1
-            return floor_call(part, self.device.chunk, self.native, has_teacher(self.objective), logits)
+            return floor_call(part, self.native, has_teacher(self.objective), logits)
         return step_call(self.ways[name], self.objective, part)
 
     def choose_floor(self) -> dict:
@@ -195,8 +197,8 @@ class Cell:
         # the cast is done once however many rows there are: left out of the probe, in the floor
         for kind in (self.p.weight.dtype, torch.float32):
             z = part.to(kind)
-            call = floor_call(z, self.device.chunk, True, False, 1)
-            floor_call(z.rows(8), self.device.chunk, True, False, 1)()  # warm
+            call = floor_call(z, True, False, 1)
+            floor_call(z.rows(8), True, False, 1)()  # warm
             speed[str(kind).split(".")[1]] = len(z.target) / self.device.seconds(call)
             del z
         self.native = speed[str(self.p.weight.dtype).split(".")[1]] > speed["float32"]
@@ -375,12 +377,15 @@ def versions() -> dict[str, str]:
     return {"burnish": burnish.__version__, "python": platform.python_version(), **found}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(
+    about: str = __doc__, objectives: tuple[str, ...] = LOSSES, quick: tuple[str, ...] = QUICK
+) -> argparse.Namespace:
+    """Options of this script, or of another that measures other ``objectives`` of peers.py so."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--shapes", nargs="*", help="N,H,V")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--objectives", nargs="*", choices=tuple(OBJECTIVES))
+    parser.add_argument("--objectives", nargs="*", choices=objectives)
     parser.add_argument("--ways", nargs="*", help="names of peers.py; default: all that run here")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cap", type=float, help="seconds a call may take before it gets fewer rows; 20")
@@ -391,19 +396,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="skip the cells that the output has")
     parser.add_argument("--output", type=Path)
     o = parser.parse_args()
-    quick = o.quick
-    o.shapes = o.shapes or (SHAPES[:1] if quick else SHAPES)
-    o.objectives = o.objectives or (["nll", "dft", "target_sft"] if quick else list(OBJECTIVES))
-    o.cap = o.cap or (4.0 if quick else 20.0)
-    o.seconds = o.seconds or (20.0 if quick else 300.0)
-    o.memory_seconds = o.memory_seconds or (3 * o.cap if quick else 60.0)
-    o.minutes = o.minutes or (8.0 if quick else float("inf"))
+    o.shapes = o.shapes or (SHAPES[:1] if o.quick else SHAPES)
+    o.objectives = o.objectives or list(quick if o.quick else objectives)
+    o.cap = o.cap or (4.0 if o.quick else 20.0)
+    o.seconds = o.seconds or (20.0 if o.quick else 300.0)
+    o.memory_seconds = o.memory_seconds or (3 * o.cap if o.quick else 60.0)
+    o.minutes = o.minutes or (8.0 if o.quick else float("inf"))
     o.least = min(o.repeats, 3)
     return o
 
 
-def main() -> None:
-    options = parse()
+def run(options: argparse.Namespace, name: str) -> None:
+    """Measure every cell asked for; results/<name>_<device>.json."""
     warnings.filterwarnings("ignore")
     device = Device(options.device)
     # "auto"'s backend first: it is what targets are held against; the interpreter is never timed
@@ -414,11 +418,11 @@ def main() -> None:
     if options.ways:
         ways = [w for w in ways if w.name in options.ways]
     suffix = "_quick" if options.quick else ""
-    path = options.output or Path(__file__).parent / "results" / f"linear_loss_{device.name}{suffix}.json"
+    path = options.output or Path(__file__).parent / "results" / f"{name}_{device.name}{suffix}.json"
     memory = "torch.cuda peak" if options.device == "cuda" else "process: VmHWM, reset before the call, less VmRSS"
     result = {
         "device": device.name, "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(), "versions": versions(), "chunk": device.chunk,
+        "threads": torch.get_num_threads(), "versions": versions(),
         "memory": f"{memory}, less dX and dW", "cap_seconds": options.cap, "cells": [],
     }  # fmt: skip
     if options.resume and path.exists():
@@ -456,4 +460,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(parse(), "linear_loss")

@@ -7,6 +7,7 @@ here.  A library that is not installed is left out; nothing here is a dependency
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,8 @@ import burnish
 from burnish import Teacher, linear_loss, objectives
 
 ETA, BETA = 0.5, 0.7
+#: GRPO's clip range and coefficient of the divergence.
+CLIP, KL = 0.2, 0.04
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,32 @@ def _logp_entropy(z, target, t, p):
     return (p.up_logp * _label(logp, target) + p.up_entropy * entropy).mean()
 
 
+def _old_and_reference(p):
+    """log p of two other policies: near that of the labels of random logits."""
+    wide = torch.promote_types(p.up_logp.dtype, torch.float32)
+    middle = -math.log(p.weight.shape[0])
+    return middle + 0.1 * p.up_entropy.to(wide), middle + 0.1 * p.up_logp.to(wide)
+
+
+def _policy_loss(objective, logp, p):
+    """Weighted NLL, or GRPO's clipped surrogate with a k3 divergence, a mean over tokens, as TRL writes it."""
+    if objective == "weighted_nll":
+        return -(p.up_logp * logp).mean()
+    old, reference = _old_and_reference(p)
+    ratio, advantages = (logp - old).exp(), p.up_logp
+    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+    away = reference - logp
+    return (KL * (away.exp() - away - 1) - surrogate).mean()
+
+
+def _weighted_nll(z, target, t, p):
+    return _policy_loss("weighted_nll", _label(z.log_softmax(-1), target), p)
+
+
+def _grpo(z, target, t, p):
+    return _policy_loss("grpo", _label(z.log_softmax(-1), target), p)
+
+
 #: objective -> (loss on logits (z, target, teacher logits or None, problem), burnish's objective, reads a teacher)
 OBJECTIVES: dict[str, tuple[Callable, object, bool]] = {
     "nll": (_nll, objectives.nll(), False),
@@ -115,7 +144,11 @@ OBJECTIVES: dict[str, tuple[Callable, object, bool]] = {
     "reverse_kl": (_reverse_kl, objectives.reverse_kl(), True),
     "gem": (_gem, objectives.gem(BETA), False),
     "logp_entropy": (_logp_entropy, None, False),  # no objective: two statistics, an upstream gradient for each
+    "weighted_nll": (_weighted_nll, objectives.weighted_nll(), False),
+    "grpo": (_grpo, objectives.grpo(CLIP, beta=KL, correct_kl=False, aggregate="token_mean"), False),
 }
+#: Those of benchmarks/policy.py; the others, and logp_entropy, are benchmarks/linear_loss.py's.
+POLICY = ("weighted_nll", "grpo")
 
 
 def has_teacher(objective: str) -> bool:
@@ -225,7 +258,7 @@ def _trl_ways() -> list[Way]:
         )
         if objective == "logp_entropy":
             return (p.up_logp * logp + p.up_entropy * entropy).mean()
-        return _from_logp(objective, logp)
+        return _policy_loss(objective, logp, p) if objective in POLICY else _from_logp(objective, logp)
 
     def divergence(objective: str, p: Problem) -> Tensor:
         beta = 0.0 if objective == "kd" else 1.0
@@ -235,7 +268,7 @@ def _trl_ways() -> list[Way]:
 
     both = {"bounded": True, "recompute": True}
     return [
-        Way("trl", ("nll", "dft", "logp_entropy"), logprob, **both),
+        Way("trl", ("nll", "dft", "logp_entropy", *POLICY), logprob, **both),
         Way("trl", ("kd", "reverse_kl"), divergence, **both),
     ]
 
@@ -259,9 +292,9 @@ def _liger_ways(device: str) -> list[Way]:
         out = LigerFusedLinearScaledCrossEntropyFunction.apply(p.hidden, p.weight, p.target, return_entropy=want)
         if want:
             return (p.up_entropy * out[1] - p.up_logp * out[0]).mean()
-        return _from_logp(objective, -out)
+        return _policy_loss(objective, -out, p) if objective in POLICY else _from_logp(objective, -out)
 
-    pairs, single = ("kd", "reverse_kl"), ("nll", "dft", "logp_entropy")
+    pairs, single = ("kd", "reverse_kl"), ("nll", "dft", "logp_entropy", *POLICY)
     out = [
         Way("liger_chunked_eager", pairs, distil(False), bounded=True),
         Way("liger_chunked", pairs, distil(True), bounded=True, proxy="liger_chunked_eager"),
@@ -301,7 +334,13 @@ def our_ways(backends: tuple[str, ...]) -> list[Way]:
         def loss(objective: str, p: Problem) -> Tensor:
             teacher = Teacher(hidden=p.t_hidden, weight=p.t_weight) if has_teacher(objective) else None
             objective_ = OBJECTIVES[objective][1]
-            return linear_loss(p.hidden, p.weight, p.target, objective_, teacher=teacher, plan=plan, backend=backend)
+            given: dict = {"token_weight": p.up_logp} if objective == "weighted_nll" else {}
+            if objective == "grpo":
+                old, reference = _old_and_reference(p)
+                given["inputs"] = {"advantages": p.up_logp, "old_logp": old, "ref_logp": reference}
+            return linear_loss(
+                p.hidden, p.weight, p.target, objective_, teacher=teacher, plan=plan, backend=backend, **given
+            )
 
         return loss
 

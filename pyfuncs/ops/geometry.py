@@ -34,6 +34,13 @@ def whole_columns(vocabulary: int) -> int:
     return -(-vocabulary // 16) * 16
 
 
+def default_rows(rows: int, mode: str, device: str) -> int:
+    """Tokens a chunk without a budget; ``mode`` is ``gemm.mode``'s."""
+    default = DEFAULT_ROWS.get(device, DEFAULT_ROWS_GPU)
+    # at most a quarter of the logits that exist otherwise
+    return max(default, min(rows // 4, MOST_CAST_ROWS)) if mode == "upcast" else default
+
+
 def chunks(
     *, rows: int, vocabulary: int, hidden: int, teacher_hidden: int = 0, weight_dtype: torch.dtype,
     compute_dtype: torch.dtype, device: torch.device, teacher: str = "", weight_grad: bool = True,
@@ -77,10 +84,7 @@ def chunks(
     if backend == "torch" or (backend == "host" and teacher == "topk"):
         fixed += scratch_bytes(vocabulary, size)
     if budget is None:
-        default = DEFAULT_ROWS.get(device.type, DEFAULT_ROWS_GPU)
-        if mode == "upcast":  # at most an eighth of the logits that exist otherwise
-            default = max(default, min(rows // 8, MOST_CAST_ROWS))
-        budget = fixed + per_row * min(default, max(rows, 1))
+        budget = fixed + per_row * min(default_rows(rows, mode, device.type), max(rows, 1))
     count = (budget - fixed) // per_row
     if count < 1:
         raise ValueError(f"budget must be at least {fixed + per_row} bytes for these shapes; got {budget}")

@@ -112,11 +112,11 @@ def test_geometry_is_a_pure_function_with_a_clear_floor():
               "compute_dtype": torch.bfloat16, "device": torch.device("cpu")}  # fmt: skip
     assert geometry.chunks(**common) == geometry.chunks(**common)
     default = geometry.chunks(**common)
-    assert default.rows == 512  # a cast head: an eighth of the rows
-    for rows, dtype, want in ((1024, "bfloat16", 256), (100, "bfloat16", 100), (1 << 20, "bfloat16", 1024),
-                              (1 << 20, "float32", 256)):  # fmt: skip
-        dtypes = dict.fromkeys(("weight_dtype", "compute_dtype"), getattr(torch, dtype))
-        assert geometry.chunks(**{**common, "rows": rows, **dtypes}).rows == want
+    assert default.rows == 1024  # a cast head: a quarter of the rows
+    for rows, want in ((100, 100), (1024, 256), (2048, 512), (1 << 20, 1024)):
+        assert geometry.chunks(**{**common, "rows": rows}).rows == want
+    fp32 = dict.fromkeys(("weight_dtype", "compute_dtype"), torch.float32)
+    assert geometry.chunks(**{**common, **fp32}).rows == geometry.DEFAULT_ROWS["cpu"]
     assert default.budget == default.fixed + default.rows * default.per_row
     floor = default.fixed + default.per_row
     assert geometry.chunks(**common, budget=floor).rows == 1
