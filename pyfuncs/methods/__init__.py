@@ -10,10 +10,12 @@ import importlib
 _HOMES = {
     "TargetSFTTrainer": "target_sft", "fuse_lm_head": "fused_head", "FusedHead": "fused_head",
     "fuse_policy_head": "policy_head", "PolicyHead": "policy_head", "load_model": "models", "accuracy": "evaluate",
+    "DriftConfig": "drift.trainer", "DriftTrainer": "drift.trainer",
 }  # fmt: skip
 
 __all__ = [
-    "FusedHead", "PolicyHead", "TargetSFTTrainer", "accuracy", "fuse_lm_head", "fuse_policy_head", "load_model",
+    "DriftConfig", "DriftTrainer", "FusedHead", "PolicyHead", "TargetSFTTrainer", "accuracy", "fuse_lm_head",
+    "fuse_policy_head", "load_model",
 ]  # fmt: skip
 
 

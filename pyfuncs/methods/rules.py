@@ -39,10 +39,10 @@ def check_teacher(objective: Objective, teacher) -> None:
         )
 
 
-def check_objective(objective: Objective, teacher) -> None:
-    """ValueError where the trainer cannot give ``objective`` what it needs."""
+def check_objective(objective: Objective, teacher, carried: tuple[str, ...] = ()) -> None:
+    """ValueError where the trainer, whose collator carries ``carried``, cannot give ``objective`` what it needs."""
     for need in _NOT_CARRIED:
-        if need in objective.needs:
+        if need in objective.needs and need not in carried:
             raise ValueError(
                 f"objective {objective.name!r} needs {need} with the data, which TRL's collator does not carry: "
                 "use fuse_lm_head in a loop of your own"

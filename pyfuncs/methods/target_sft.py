@@ -46,6 +46,8 @@ class TargetSFTTrainer(SFTTrainer):
     """
 
     _tag_names = ["trl", "sft", "burnish"]  # noqa: RUF012  (TRL's own form)
+    #: What a subclass's collator gives the forward beside the labels.
+    _carries: tuple[str, ...] = ()
 
     def __init__(
         self, model, args=None, *, objective: str | Objective = "target_sft", objective_args: dict | None = None,
@@ -53,7 +55,7 @@ class TargetSFTTrainer(SFTTrainer):
         chunkft: dict[str, Any] | None = None, **options,
     ):  # fmt: skip
         self.objective: Objective = resolve_objective(objective, objective_args)
-        check_objective(self.objective, teacher_model)
+        check_objective(self.objective, teacher_model, self._carries)
         _check_options(args, options)
         self._chunkft = chunkft
         if chunkft is not None:
