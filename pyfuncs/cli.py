@@ -15,6 +15,10 @@ from dataclasses import fields
 
 from .methods import sft_options
 from .methods.demo_options import DemoOptions
+from .methods import sft_options
+from .methods.demo_options import DemoOptions
+from .methods.drift import options as drift_options
+from .methods.drift.demo_options import DriftDemoOptions
 from .methods.options import add_flags, assignments, given_flags
 from .methods.processes import leave_it_to_the_first, speaks
 
@@ -60,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(sft, sft_options.OPTIONS, "trl.SFTConfig")
     sft.add_argument("--objective-arg", action="append", metavar="KEY=VALUE", help="one argument; repeatable")
     sft.set_defaults(run=_sft)
+    drift = commands.add_parser("drift", help="multi-turn weighted fine-tuning", description=_drift.__doc__)
+    add_flags(drift, drift_options.OPTIONS, "burnish.methods.DriftConfig")
+    drift.set_defaults(run=_drift)
     chunkft = commands.add_parser("chunkft", help="full fine-tuning, one chunk of the parameters at a time")
     actions = chunkft.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
     cut = actions.add_parser(
@@ -89,6 +96,14 @@ def _parser() -> argparse.ArgumentParser:
             flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=f"({field.default})"
         )
     one.set_defaults(run=_demo)
+    two = names.add_parser("drift", help="a toy: DRIFT beside its baselines", description=_demo_drift.__doc__)
+    for field in fields(DriftDemoOptions):
+        kind = type(field.default)
+        flag = f"--{field.name.replace('_', '-')}"
+        two.add_argument(
+            flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=f"({field.default})"
+        )
+    two.set_defaults(run=_demo_drift)
     commands.add_parser("objectives", help="list the objectives").set_defaults(run=_objectives)
     commands.add_parser("doctor", help="what is installed, and which backend serves each op").set_defaults(run=_doctor)
     return parser
@@ -135,6 +150,20 @@ def _sft(arguments: argparse.Namespace):
     except ImportError as error:
         raise ValueError(f"burnish sft needs its training packages: pip install 'burnish[train]' ({error})") from error
     return lambda: run_sft.train(trainer, data, directory)
+
+
+def _drift(arguments: argparse.Namespace):
+    """Play a fixed policy against a task's verifier over several turns, weigh the episodes by their returns, fine-tune
+    on them, and again where --refresh says so (DRIFT, arXiv 2605.31455)."""
+    options = drift_options.merged(given_flags(arguments, drift_options.OPTIONS), arguments.config)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers)\b")
+    try:
+        from .methods.drift import run
+
+        prepared = run.prepare(options)
+    except ImportError as error:
+        raise ValueError(f"burnish drift needs its packages: pip install 'burnish[train]' ({error})") from error
+    return lambda: run.run(prepared)
 
 
 def _chunkft_plan(arguments: argparse.Namespace) -> None:
@@ -184,6 +213,19 @@ def _demo(arguments: argparse.Namespace):
     except ImportError as error:
         raise ValueError(f"burnish demo needs its packages: pip install 'burnish[demo]' ({error})") from error
     check_model_name(options.model)
+    return lambda: demo.run(options)
+
+
+def _demo_drift(arguments: argparse.Namespace):
+    """A toy whose right answers are known: DRIFT, its variants and rejection sampling from one reference policy, over
+    several seeds; a table with confidence intervals and a plot."""
+    given = {f.name: getattr(arguments, f.name) for f in fields(DriftDemoOptions)}
+    options = DriftDemoOptions(**given).check()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers)\b")
+    try:
+        from .methods.drift import demo
+    except ImportError as error:
+        raise ValueError(f"burnish demo needs its packages: pip install 'burnish[demo]' ({error})") from error
     return lambda: demo.run(options)
 
 

@@ -228,8 +228,8 @@ def table(results: dict) -> str:
         return f"{100 * mean:{sign}.1f} ± {100 * half:.1f}"
 
     lines = [
-        f"| | sampled, within {o['turns']} turns | of these hard | sampled, turn 1 | greedy, within {o['turns']} | of these "
-        "hard | sampled, minus rejection-sampling SFT |",
+        f"| | sampled, within {o['turns']} turns | hard ones | sampled, turn 1 | greedy | hard ones "
+        "| sampled, minus rejection sampling |",
         "|---|---|---|---|---|---|---|",
     ]
     baseline = [r["sampled"] for r in results["arms"]["rejection-sampling SFT"]]
@@ -257,7 +257,9 @@ def plot(results: dict, path: Path) -> None:
             mean, half = interval(values)
             axis.barh(row, mean, xerr=0.0 if half != half else half, color="#4c72b0" if "DRIFT" in name else "#bbbbbb")
             axis.plot(values, [row] * len(values), "k.", markersize=4)
-        axis.set(xlim=(0, 100), xlabel=f"% of {o['problems']} fresh prompts solved within {o['turns']} turns", title=kind)
+        axis.set(
+            xlim=(0, 100), xlabel=f"% of {o['problems']} fresh prompts solved within {o['turns']} turns", title=kind
+        )
         axis.set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     figure.suptitle(f"{o['seeds']} seeds; dots are seeds, bars means with 95% intervals", fontsize=10)

@@ -50,7 +50,7 @@ OPTIONS: dict[str, Option] = {
     "weight_norm": Option(one_of("prompt", "dataset"), "prompt", "what the weights have mean 1 over"),
     "supervise": Option(one_of("last", "all"), "last", "which turns are trained on"),
     "drop_all_failed": Option(flag, False, "leave out prompts that no episode solved"),
-    "weighting": Option(one_of("drift", "uniform", "rejection"), "drift", "or a baseline: all alike, or the solved ones"),
+    "weighting": Option(one_of("drift", "uniform", "rejection"), "drift", "or a baseline: all alike; solved ones"),
     "length_norm": Option(one_of("sum", "mean"), "sum", "of a turn's tokens"),
     "batch_weight_norm": Option(flag, False, "divide by a batch's weights instead of its rows"),
     "learning_rate": Option(nonnegative, 5e-6, "peak learning rate"),
@@ -81,5 +81,5 @@ def merged(flags: Mapping[str, Any], config: str | None) -> dict[str, Any]:
     if (out["engine"] == "vllm") != (out["server"] is not None):
         raise ValueError("--engine vllm and --server go together")
     if out["engine"] == "vllm" and out["refresh"]:
-        raise ValueError("--refresh needs --engine transformers: a vLLM server goes on with the weights it started with")
+        raise ValueError("--refresh needs --engine transformers: a vLLM server keeps the weights it started with")
     return out

@@ -53,7 +53,7 @@ class Run:
 
 
 def prepare(options: dict[str, Any]) -> Run:
-    """A run of merged options.  ValueError, in one line, for anything wrong with the input; nothing has been written."""
+    """A run of merged options.  ValueError, in one line, for anything wrong with the input; nothing is written."""
     weights = WeightOptions.of(_Named(options))
     if not 0 < options["top_p"] <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1; got {options['top_p']}")
@@ -79,7 +79,7 @@ def prepare(options: dict[str, Any]) -> Run:
     _arguments(options, directory.path)
     tokenizer = load_tokenizer(options["model"])
     if not tokenizer.chat_template:
-        raise ValueError(f"model {options['model']}: its tokenizer has no chat template, and episodes are conversations")
+        raise ValueError(f"model {options['model']}: its tokenizer has no chat template, which episodes need")
     return Run(options, directory, data, verifier, given)
 
 
@@ -121,7 +121,10 @@ def _round(it: Run, number: int, folder: Path, source: str) -> bool:
             batch_size=options["rollout_batch"], settings={k: options[k] for k in names},
         )  # fmt: skip
     weights = WeightOptions.of(_Named(options))
-    found = weigh(episodes, weights).statistics
+    try:
+        found = weigh(episodes, weights).statistics
+    except ValueError as error:  # no defect: what was collected has no row for these options
+        raise SystemExit(f"burnish: error: {folder}: {error}") from None
     shown = ", ".join(f"{k} {v:.4g}" for k, v in found.items())
     if options["collect_only"]:
         print(f"{folder / 'episodes.jsonl'}: {shown}")
@@ -175,7 +178,7 @@ def _check_whole(path: str, episodes: list[Episode]) -> None:
         sizes[e.prompt_id] = sizes.get(e.prompt_id, 0) + 1
     for prompt_id, size in sizes.items():
         if size != want:
-            raise ValueError(f"{path}: prompt {prompt_id!r} has {size} of {want} trajectories: the collection is not done")
+            raise ValueError(f"{path}: prompt {prompt_id!r} has {size} of {want} trajectories: collect the rest first")
 
 
 def _evaluate(it: Run, source: str) -> None:
@@ -183,15 +186,16 @@ def _evaluate(it: Run, source: str) -> None:
     assert it.data is not None and it.verifier is not None  # prepare() has seen to it
     arguments = {**options["data_args"], "size": options["eval_size"], "seed": _EVALUATION_SEED}
     fresh = load_task(it.data.name, **arguments)
-    verifier = task_verifier(fresh.task, find_answer(options["answer_pattern"]))
     model, tokenizer = load_model(source)
+    turns = options["max_turns"]
     at = solved_at(
-        task_prompts(fresh, options["instruction"] or ""), _engine(options, model, tokenizer, temperature=0.0), verifier,
-        max_turns=options["max_turns"], feedback=options["feedback"], batch_size=options["rollout_batch"],
+        task_prompts(fresh, options["instruction"] or ""), _engine(options, model, tokenizer, temperature=0.0),
+        task_verifier(fresh.task, find_answer(options["answer_pattern"])), max_turns=turns,
+        feedback=options["feedback"], batch_size=options["rollout_batch"],
     )  # fmt: skip
-    solved = [sum(t is not None and t <= turn for t in at) / len(at) for turn in range(1, options["max_turns"] + 1)]
+    first, last = (sum(t is not None and t <= within for t in at) / len(at) for within in (1, turns))
     write_json(it.directory.path / "evaluation.json", {"task": it.data.name, "arguments": arguments, "solved_at": at})
-    print(f"{source}: of {len(at)} new problems {solved[0]:.1%} solved at turn 1, {solved[-1]:.1%} within {len(solved)}")
+    print(f"{source}: of {len(at)} new problems {first:.1%} solved at turn 1, {last:.1%} within {turns}")
 
 
 class _Named:
