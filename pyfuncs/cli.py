@@ -1,4 +1,4 @@
-"""The command line: ``burnish sft``, ``chunkft``, ``tokens``, ``demo``, ``objectives``, ``doctor``.
+"""The command line: ``burnish sft``, ``drift``, ``chunkft``, ``tokens``, ``demo``, ``objectives``, ``doctor``.
 
 Bad input ends with one line on stderr, ``burnish: error: ...``, and exit code 2.  Subcommands import what
 they need when they run.
@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 
-from .methods import sft_options
-from .methods.demo_options import DemoOptions
 from .methods import sft_options
 from .methods.demo_options import DemoOptions
 from .methods.drift import options as drift_options
