@@ -86,6 +86,7 @@ class TransformersEngine:
                 input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=self.max_new_tokens,
                 do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=_ends(self.model, tok), use_cache=True,
                 logits_processor=processors, temperature=None, top_p=None, top_k=None,
+                repetition_penalty=1.0,  # the model's own settings would bend what is drawn from
             )  # fmt: skip
         return tok.batch_decode(out[:, width:], skip_special_tokens=True)
 

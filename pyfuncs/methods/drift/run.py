@@ -43,13 +43,15 @@ _EVALUATION_SEED = 1_000_003
 
 @dataclass
 class Run:
-    """A checked run; ``data`` and ``verifier`` are None where episodes come from a file, ``given`` where not."""
+    """A checked run; None: ``data`` and ``verifier`` where there is no task, ``given`` without a file of episodes,
+    ``client`` without a vLLM server."""
 
     options: dict[str, Any]
     directory: RunDirectory
     data: TaskData | None
     verifier: Verifier | None
     given: list[Episode] | None
+    client: Any = None
 
 
 def prepare(options: dict[str, Any]) -> Run:
@@ -80,7 +82,12 @@ def prepare(options: dict[str, Any]) -> Run:
     tokenizer = load_tokenizer(options["model"])
     if not tokenizer.chat_template:
         raise ValueError(f"model {options['model']}: its tokenizer has no chat template, which episodes need")
-    return Run(options, directory, data, verifier, given)
+    client = None
+    if options["engine"] == "vllm":
+        from trl.generation.vllm_client import VLLMClient
+
+        client = VLLMClient(base_url=options["server"])
+    return Run(options, directory, data, verifier, given, client)
 
 
 def run(it: Run) -> None:
@@ -116,7 +123,7 @@ def _round(it: Run, number: int, folder: Path, source: str) -> bool:
         names = ("data", "data_args", "model", "engine", "temperature", "top_p", "max_new_tokens", "answer_pattern")
         episodes = collect(
             folder / "episodes.jsonl", task_prompts(it.data, options["instruction"] or ""),
-            _engine(options, model, tokenizer), it.verifier, trajectories=options["trajectories"],
+            _engine(it, model, tokenizer), it.verifier, trajectories=options["trajectories"],
             max_turns=options["max_turns"], feedback=options["feedback"], seed=f"{options['seed']}/{number}",
             batch_size=options["rollout_batch"], settings={k: options[k] for k in names},
         )  # fmt: skip
@@ -158,13 +165,11 @@ def _arguments(options: dict[str, Any], folder: Path) -> DriftConfig:
     )
 
 
-def _engine(options: dict[str, Any], model, tokenizer, **changed) -> Engine:
-    sampling = {k: options[k] for k in ("temperature", "top_p", "max_new_tokens")}
-    if options["engine"] == "transformers":
-        return TransformersEngine(model, tokenizer, **{**sampling, **changed})
-    from trl.generation.vllm_client import VLLMClient
-
-    return VLLMEngine(VLLMClient(base_url=options["server"]), tokenizer, **{**sampling, **changed})
+def _engine(it: Run, model, tokenizer) -> Engine:
+    sampling = {k: it.options[k] for k in ("temperature", "top_p", "max_new_tokens")}
+    if it.client is not None:
+        return VLLMEngine(it.client, tokenizer, **sampling)
+    return TransformersEngine(model, tokenizer, **sampling)
 
 
 def _check_whole(path: str, episodes: list[Episode]) -> None:
@@ -183,13 +188,15 @@ def _check_whole(path: str, episodes: list[Episode]) -> None:
 
 def _evaluate(it: Run, source: str) -> None:
     options = it.options
-    assert it.data is not None and it.verifier is not None  # prepare() has seen to it
+    assert it.data is not None  # prepare() has seen to it
     arguments = {**options["data_args"], "size": options["eval_size"], "seed": _EVALUATION_SEED}
     fresh = load_task(it.data.name, **arguments)
     model, tokenizer = load_model(source)
     turns = options["max_turns"]
+    # never the server's: it has the weights of before
+    engine = TransformersEngine(model, tokenizer, temperature=0.0, max_new_tokens=options["max_new_tokens"])
     at = solved_at(
-        task_prompts(fresh, options["instruction"] or ""), _engine(options, model, tokenizer, temperature=0.0),
+        task_prompts(fresh, options["instruction"] or ""), engine,
         task_verifier(fresh.task, find_answer(options["answer_pattern"])), max_turns=turns,
         feedback=options["feedback"], batch_size=options["rollout_batch"],
     )  # fmt: skip

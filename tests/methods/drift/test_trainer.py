@@ -29,8 +29,9 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 WEIGHTS = [2.5, 0.0, 0.3, 1.0, 0.7, 4.0, 0.1, 0.9]
 
 
-SHAPES = {
+SHAPES: dict[str, dict] = {
     "one batch": {"per_device_train_batch_size": 8},
+    "activation checkpointing": {"per_device_train_batch_size": 8, "gradient_checkpointing": True},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "uneven": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
     "padding-free": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "padding_free": True},
@@ -47,6 +48,19 @@ def test_loss_and_gradient_are_eq_15(tmp_path, shape, length_norm):
     one = trainer(tmp_path, rows(WEIGHTS), length_norm=length_norm, **SHAPES[shape])
     assert distance(step_gradient(one), want) < 2e-6
     assert one.state.log_history[0]["loss"] == pytest.approx(want_loss, rel=1e-5)
+
+
+def test_a_lora_is_trained_by_the_same_loss(tmp_path):
+    """It begins as the identity, so its first loss is the full model's; only it is trained."""
+    from peft import LoraConfig
+
+    want, _ = reference_gradient(rows(WEIGHTS))
+    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    one = trainer(tmp_path, rows(WEIGHTS), more={"peft_config": lora}, per_device_train_batch_size=8, max_steps=2)
+    moved = step_gradient(one)
+    losses = [e["loss"] for e in one.state.log_history if "loss" in e]
+    assert losses[0] == pytest.approx(want, rel=1e-5) and losses[1] < losses[0]
+    assert {("lora" in n) for n, g in moved.items() if g.any()} == {True}
 
 
 @pytest.mark.parametrize("shape", ["one batch", "accumulated", "padding-free"])
