@@ -111,6 +111,13 @@ class TargetSFTTrainer(SFTTrainer):
             self.optimizer = trainer_optimizer(self, self.model if model is None else model, self._chunkft)
         return super().create_optimizer(model)
 
+    def _run_epoch(self, *args, **kwargs):
+        # resumed from the checkpoint of its last step in the middle of an epoch, transformers would take one more
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         chunked = find(self.optimizer)

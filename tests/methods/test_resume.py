@@ -121,6 +121,16 @@ def test_resume_passes_over_a_damaged_checkpoint(model_folder, data_file, finish
     assert (copy / "incomplete-checkpoint-6").is_dir() and equal(copy, finished)
 
 
+def test_resumed_after_the_last_checkpoint_takes_no_step_more(model_folder, data_file, finished, tmp_path):
+    """Killed before the model was written; six steps end in the middle of an epoch."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / "model.safetensors").unlink()
+    more = ("--max-steps", "6", "--save-steps", "2", "--resume", "--output", str(copy))
+    assert main(command(model_folder, data_file, copy, *more)) == 0
+    assert equal(copy, finished) and step_of(copy) == 6
+
+
 def test_resume_without_a_checkpoint_starts_anew_and_says_so(model_folder, data_file, finished, tmp_path, capfd):
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)

@@ -21,7 +21,7 @@ import torch
 from datasets import disable_progress_bars, enable_progress_bars
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
 from .demo_options import DriftDemoOptions
 from .engines import TransformersEngine
@@ -159,7 +159,7 @@ def train(start, tok, episodes: list[Episode], arm: dict, options: DriftDemoOpti
         ),
         train_dataset=weighted_rows(episodes, weights), processing_class=tok,
     )  # fmt: skip
-    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if "Print" not in str(type(c))]
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.fused_head.restore()
     return model, trainer.state.log_history

@@ -149,7 +149,7 @@ class DriftTrainer(TargetSFTTrainer):
             sums = self.accelerator.reduce(sums.to(device), "sum")
         rows, total = sums[0], sums[1]
         self._rescale = rows / total.clamp(min=torch.finfo(torch.float32).tiny) if self.args.batch_weight_norm else 1.0
-        if self.model.training:
+        if self.is_in_train:  # a model is loaded in eval mode, and put into training mode by its first step
             self._observe(sums.tolist(), weights.max())
         return rows.float().to(device)
 

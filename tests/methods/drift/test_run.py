@@ -111,24 +111,37 @@ def test_stopped_and_resumed(stage, model, whole, tmp_path, monkeypatch):
     assert files(output) == files(whole)
 
 
-@pytest.mark.slow
 def test_killed_and_resumed(model, whole, tmp_path):
-    """SIGKILL, while episodes are written and while a model is trained."""
+    """SIGKILL of a process of its own, while it trains."""
     output = tmp_path / "run"
-    more: list[str] = []
-    for until in ("round-0/episodes.jsonl", "round-1/checkpoint-2"):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "burnish.cli", *command(model, output, *more)], stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not (output / until).exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        more = ["--resume"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "burnish.cli", *command(model, output)], stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (output / "round-0" / "checkpoint-2").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     assert main(command(model, output, "--resume")) == 0
     assert files(output) == files(whole)
+
+
+def test_a_round_plays_and_trains_the_policy_of_the_one_before(model, tmp_path, monkeypatch):
+    loaded, played, trained = [], [], []
+    load, engine, train = run.load_model, run.TransformersEngine, run.DriftTrainer
+
+    def loading(name):
+        loaded.append((name, load(name)))
+        return loaded[-1][1]
+
+    monkeypatch.setattr(run, "load_model", loading)
+    monkeypatch.setattr(run, "TransformersEngine", lambda m, *a, **k: played.append(m) or engine(m, *a, **k))
+    monkeypatch.setattr(run, "DriftTrainer", lambda m, *a, **k: trained.append(m) or train(m, *a, **k))
+    assert main(command(model, tmp_path / "run", "--max-steps", "1")) == 0
+    assert [name for name, _ in loaded] == [model, str(tmp_path / "run" / "round-0")]
+    for i, (_, (policy, _)) in enumerate(loaded):
+        assert policy is played[i] is trained[i]
 
 
 def test_collect_only_and_then_a_file(model, whole, tmp_path, capsys):
