@@ -258,7 +258,7 @@ def plot(results: dict, path: Path) -> None:
             axis.barh(row, mean, xerr=0.0 if half != half else half, color="#4c72b0" if "DRIFT" in name else "#bbbbbb")
             axis.plot(values, [row] * len(values), "k.", markersize=4)
         axis.set(
-            xlim=(0, 100), xlabel=f"% of {o['problems']} fresh prompts solved within {o['turns']} turns", title=kind
+            xlim=(0, 104), xlabel=f"% of {o['problems']} fresh prompts solved within {o['turns']} turns", title=kind
         )
         axis.set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
