@@ -62,6 +62,8 @@ def test_two_rounds(whole, model, capsys):
     first, second = (read_episodes(whole / f"round-{i}" / "episodes.jsonl") for i in range(2))
     assert len(first) == len(second) == 12
     assert [e.messages for e in first] != [e.messages for e in second]
+    settings = [json.loads((whole / f"round-{i}" / "episodes.settings.json").read_text()) for i in range(2)]
+    assert [s["seed"] for s in settings] == ["42/0", "42/1"]
     done = json.loads((whole / "round-1" / run.DONE).read_text())
     assert done["prompts"] == 3 and done["episodes"] == 12 and done["steps"] == 3
     start, one, two = (load_file(f / "model.safetensors") for f in (Path(model), whole / "round-0", whole / "round-1"))

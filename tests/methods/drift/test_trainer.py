@@ -63,6 +63,17 @@ def test_a_lora_is_trained_by_the_same_loss(tmp_path):
     assert {("lora" in n) for n, g in moved.items() if g.any()} == {True}
 
 
+def test_a_bf16_model(tmp_path):
+    """Its hidden states and head are bf16, what is summed of them fp32."""
+    want, gradient = reference_gradient(rows(WEIGHTS), tiny.llama().bfloat16())
+    one = trainer(tmp_path, rows(WEIGHTS), tiny.llama().bfloat16(), per_device_train_batch_size=8, learning_rate=1e-4)
+    batch = one.data_collator(list(one.train_dataset))
+    loss = one.compute_loss(one.model, batch)
+    loss.backward()
+    found = {n: p.grad.float() for n, p in one.model.named_parameters()}
+    assert loss.item() == pytest.approx(want, rel=0.01) and distance(found, gradient) < 0.05
+
+
 @pytest.mark.parametrize("shape", ["one batch", "accumulated", "padding-free"])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_batch_weight_norm(tmp_path, shape, scale):
@@ -277,3 +288,16 @@ def test_bad_data_is_named(tmp_path):
     with pytest.raises(ValueError, match="DriftTrainer makes no logits"):
         one = trainer(tmp_path, rows([1.0]))
         one.predict(one.train_dataset)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"padding_free": True, "pad_to_multiple_of": 16}])
+def test_each_token_has_its_rows_weight(tmp_path, options):
+    """Also where a short row's labels begin at once, and on padding none."""
+    data = Dataset.from_list([
+        {"input_ids": list(range(5, 5 + n)), "labels": [-100, *range(6, 5 + n)], "weight": float(n)} for n in (3, 9, 4)
+    ])  # fmt: skip
+    one = trainer(tmp_path, data, shuffle_dataset=False, **options)
+    batch = one.data_collator(list(one.train_dataset))
+    found = batch["token_weight"][batch["labels"] != -100].tolist()
+    assert found == [3.0] * 2 + [9.0] * 8 + [4.0] * 3
+    assert batch["token_weight"].sum() == 9 + 81 + 16 and batch["token_weight"].shape == batch["labels"].shape
