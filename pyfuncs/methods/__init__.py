@@ -10,10 +10,11 @@ import importlib
 _HOMES = {
     "TargetSFTTrainer": "target_sft", "fuse_lm_head": "fused_head", "FusedHead": "fused_head",
     "fuse_policy_head": "policy_head", "PolicyHead": "policy_head", "load_model": "models", "accuracy": "evaluate",
+    "AXPOTrainer": "axpo.trainer", "AXPOConfig": "axpo.config",
 }  # fmt: skip
 
 __all__ = [
-    "FusedHead", "PolicyHead", "TargetSFTTrainer", "accuracy", "fuse_lm_head", "fuse_policy_head", "load_model",
+    "AXPOConfig", "AXPOTrainer", "FusedHead", "PolicyHead", "TargetSFTTrainer", "accuracy", "fuse_lm_head", "fuse_policy_head", "load_model",
 ]  # fmt: skip
 
 
