@@ -5,12 +5,14 @@ Everything but the sampling is real: TRL's trainer, tool loop and loss, a Llama 
 
 from __future__ import annotations
 
+import json
 import re
 
 import tiny_models as tiny
 import torch
 from datasets import Dataset
 from transformers import AddedToken
+from transformers.utils import get_json_schema
 from trl.chat_template_utils import qwen2_5_chat_template
 
 from burnish.methods.axpo.config import AXPOConfig
@@ -19,11 +21,24 @@ from burnish.methods.axpo.trainer import AXPOTrainer
 START, END = "<|im_start|>", "<|im_end|>"
 
 
-def tokenizer(**names):
-    """A token a character, but for ChatML's two; so a tag is many tokens."""
+#: Long constant parts of the template, a token each: characters would make prompts of a thousand tokens.
+CONSTANT = (
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
+    "signatures within <tools></tools> XML tags:\n<tools>",
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n<tool_call>\n",
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>',
+)
+
+
+def tokenizer():
+    """A token a character, but for ChatML's two and the template's constant parts; so a tag is many tokens."""
     out = tiny.tokenizer()
     out.add_special_tokens({"additional_special_tokens": [AddedToken(START, special=True)],
                             "eos_token": AddedToken(END, special=True)})  # fmt: skip
+    schema = json.dumps(get_json_schema(add))
+    out.add_tokens([AddedToken(part, normalized=False) for part in (*CONSTANT, schema)])
     out.chat_template = qwen2_5_chat_template
     return out
 
@@ -57,14 +72,15 @@ def call(x, y, name="add") -> str:
 
 
 class Script:
-    """What ``generate`` answers: P(tool) ``tool``, P(right arguments) ``right``, P(right | no tool) ``guess``.
+    """What ``generate`` answers: P(tool) ``tool``, P(right arguments) ``right``, behind a kept tag ``right_again``,
+    P(right | no tool) ``guess``.
 
     Draws come from torch's generator, as sampling would take them.  ``seen`` keeps the prompts' texts.
     """
 
-    def __init__(self, tok, tool=0.6, right=0.3, guess=0.5, right_again=None, think="hm"):
+    def __init__(self, tok, tool=0.6, right=0.1, guess=0.5, right_again=0.5, think="hm"):
         self.tok, self.tool, self.right, self.guess, self.think = tok, tool, right, guess, think
-        self.right_again = right if right_again is None else right_again
+        self.right_again = right_again
         self.seen: list[str] = []
 
     def __call__(self, input_ids, attention_mask, generation_config=None, **_):
@@ -112,9 +128,11 @@ def trainer(folder, model_folder, *, kind=AXPOTrainer, config=AXPOConfig, script
     """A trainer on the scripted policy; ``more`` are config fields, or the trainer's own arguments."""
     own = {k: more.pop(k) for k in ("rollout_func", "resample_func", "environment_factory", "peft_config", "model")
            if k in more}  # fmt: skip
-    tok = tokenizer()
+    tok, fields = tokenizer(), options(folder, **more)
+    if config is not AXPOConfig:
+        del fields["num_resamples"]
     out = kind(
-        own.pop("model", model_folder), funcs, config(**options(folder, **more)), train_dataset=rows or data(),
+        own.pop("model", model_folder), funcs, config(**fields), train_dataset=rows or data(),
         processing_class=tok, tools=list(tools) or None, **own,
     )  # fmt: skip
     out.script = script or Script(tok)
