@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from .methods import sft_options
+from .methods.axpo import options as axpo_options
+from .methods.axpo.demo_options import AXPODemoOptions
 from .methods.demo_options import DemoOptions
 from .methods.options import add_flags, assignments, given_flags
 from .methods.processes import leave_it_to_the_first, speaks
@@ -60,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(sft, sft_options.OPTIONS, "trl.SFTConfig")
     sft.add_argument("--objective-arg", action="append", metavar="KEY=VALUE", help="one argument; repeatable")
     sft.set_defaults(run=_sft)
+    axpo = commands.add_parser("axpo", help="GRPO that tries failed tool calls again", description=_axpo.__doc__)
+    add_flags(axpo, axpo_options.OPTIONS, "trl.GRPOConfig")
+    axpo.set_defaults(run=_axpo)
     chunkft = commands.add_parser("chunkft", help="full fine-tuning, one chunk of the parameters at a time")
     actions = chunkft.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
     cut = actions.add_parser(
@@ -82,16 +87,24 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="a method at work on this machine, nothing fetched")
     names = demo.add_subparsers(dest="name", required=True, metavar="NAME", parser_class=_Parser)
     one = names.add_parser("sft", help="SmolLM2-135M learns a task by SFT and by Target-SFT", description=_demo.__doc__)
-    for field in fields(DemoOptions):
-        kind = type(field.default)
-        flag = f"--{field.name.replace('_', '-')}"
-        one.add_argument(
-            flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=f"({field.default})"
-        )
+    _add_fields(one, DemoOptions)
     one.set_defaults(run=_demo)
+    toy = names.add_parser("axpo", help="a toy with a tool: GRPO and AXPO", description=_demo_axpo.__doc__)
+    _add_fields(toy, AXPODemoOptions)
+    toy.set_defaults(run=_demo_axpo)
     commands.add_parser("objectives", help="list the objectives").set_defaults(run=_objectives)
     commands.add_parser("doctor", help="what is installed, and which backend serves each op").set_defaults(run=_doctor)
     return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, options: type) -> None:
+    """A flag for each field of a demo's options."""
+    for field in fields(options):
+        kind = type(field.default)
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(
+            flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=f"({field.default})"
+        )
 
 
 def _add_tokens(actions) -> None:
@@ -135,6 +148,19 @@ def _sft(arguments: argparse.Namespace):
     except ImportError as error:
         raise ValueError(f"burnish sft needs its training packages: pip install 'burnish[train]' ({error})") from error
     return lambda: run_sft.train(trainer, data, directory)
+
+
+def _axpo(arguments: argparse.Namespace):
+    """Train with TRL's GRPO and tools; where every rollout that called a tool failed, calls are tried again (AXPO)."""
+    options = axpo_options.merge(given_flags(arguments, axpo_options.OPTIONS), arguments.config)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers)\b")
+    try:
+        from .methods.axpo import run
+
+        trainer, directory = run.prepare(options)
+    except ImportError as error:
+        raise ValueError(f"burnish axpo needs its training packages: pip install 'burnish[train]' ({error})") from error
+    return lambda: run.train(trainer, directory)
 
 
 def _chunkft_plan(arguments: argparse.Namespace) -> None:
@@ -184,6 +210,17 @@ def _demo(arguments: argparse.Namespace):
     except ImportError as error:
         raise ValueError(f"burnish demo needs its packages: pip install 'burnish[demo]' ({error})") from error
     check_model_name(options.model)
+    return lambda: demo.run(options)
+
+
+def _demo_axpo(arguments: argparse.Namespace):
+    """24 questions, half of which need a tool that hardly ever works at first: GRPO, GRPO with doubled rollouts, AXPO
+    and two of its ablations, from the same starts."""
+    options = AXPODemoOptions(**{f.name: getattr(arguments, f.name) for f in fields(AXPODemoOptions)}).check()
+    try:
+        from .methods.axpo import demo
+    except ImportError as error:
+        raise ValueError(f"burnish demo needs its packages: pip install 'burnish[demo]' ({error})") from error
     return lambda: demo.run(options)
 
 

@@ -14,7 +14,8 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "AXPOConfig", "AXPOTrainer", "FusedHead", "PolicyHead", "TargetSFTTrainer", "accuracy", "fuse_lm_head", "fuse_policy_head", "load_model",
+    "AXPOConfig", "AXPOTrainer", "FusedHead", "PolicyHead", "TargetSFTTrainer", "accuracy", "fuse_lm_head",
+    "fuse_policy_head", "load_model",
 ]  # fmt: skip
 
 

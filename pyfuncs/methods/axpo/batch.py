@@ -24,8 +24,8 @@ COMPLETION = (
 WHOLE = ("token_type_ids", "mm_token_type_ids")
 #: What the model's forward takes beside tokens.
 MODEL_INPUTS = (
-    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes",
-    "token_type_ids", "mm_token_type_ids", "image_position_ids",
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
+    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
 
 
@@ -51,13 +51,13 @@ def join(first: dict[str, Any], second: dict[str, Any], pad_token: int) -> dict[
 
     ValueError, naming the field, where only one of them has it and no value stands for its absence.
     """
-    parts = [split_pixel_values_by_grid(batch) for batch in (first, second)]
+    parts: list[dict[str, Any]] = [split_pixel_values_by_grid(batch) for batch in (first, second)]
     counts = [row_count(batch) for batch in (first, second)]
     prompt = max(batch["prompt_ids"].shape[1] for batch in (first, second))
     completion = max(batch["completion_ids"].shape[1] for batch in (first, second))
     out: dict[str, Any] = {}
     for key in dict.fromkeys([*parts[0], *parts[1]]):
-        values = [part.get(key) for part in parts]
+        values: list[Any] = [part.get(key) for part in parts]
         present = next(v for v in values if v is not None)
         if isinstance(present, Tensor) and present.ndim == 0:
             out[key] = present

@@ -8,8 +8,8 @@
   answer, and the policy answers; a wrong one ends the episode.
 
 A reward is 1 for the right answer.  So the tool is worth learning, hardly ever works at first, and half of the
-questions do well without.  The start is fitted to a teacher that calls the tool 29 % of the time, with the right argument
-in 13 %, and answers the usual answer otherwise.  All arms of a seed begin at the same weights.
+questions do well without.  The start is fitted to a teacher that calls the tool 29 % of the time, with the right
+argument in 13 % of the calls, and answers the usual answer otherwise.  All arms of a seed begin at the same weights.
 
 Regime: p(tool works) is low but not hopeless, success without it moderate.  The toy shows a direction in that regime,
 not the size of an effect; with rarer success AXPO fails too, and where the tool is the only way GRPO learns it.
@@ -198,7 +198,7 @@ def step_rows(model, world: World, arm: Arm, g: torch.Generator) -> tuple[Tensor
     trigger = triggered(called, rewards == 1)
     log = {
         "reward": rewards.mean().item(), "tool_rate": called.float().mean().item(),
-        "all_wrong": trigger.sum().item() / max(called.any(1).sum().item(), 1), "recovered": math.nan, "extra": 0,
+        "all_wrong": trigger[called.any(1)].float().mean().item(), "recovered": math.nan, "extra": 0,
     }  # fmt: skip
     tokens, masks, advantages = rolled.tokens, rolled.own, normalise(rewards).flatten()
     if arm.rules is None:
@@ -273,8 +273,8 @@ def evaluate(model, world: World, seed: int) -> dict[str, float]:
 
     return {
         "accuracy": share(rewards), "pass_at_4": share(rewards.any(1)), "accuracy_hard": share(rewards[hard]),
-        "tool_rate": share(called), "tool_accuracy": share(rewards[called]), "no_tool_accuracy": share(rewards[~called]),
-        "all_wrong": share(triggered(members, correct)[some]),
+        "tool_rate": share(called), "tool_accuracy": share(rewards[called]),
+        "no_tool_accuracy": share(rewards[~called]), "all_wrong": share(triggered(members, correct)[some]),
     }  # fmt: skip
 
 
@@ -301,9 +301,10 @@ def run(options: AXPODemoOptions) -> dict[str, Any]:
             )
         results["seeds"].append(entry)
     results["seconds"] = time.perf_counter() - started
+    results = _rounded(results)  # what is shown is what the file holds
     out = Path(options.output)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(_rounded(results), indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, out / "curves.png")
     print("\n" + table(results))
     print(f"\nwritten: {out / 'results.json'}, {out / 'curves.png'} ({results['seconds'] / 60:.1f} minutes in all)")
@@ -311,11 +312,10 @@ def run(options: AXPODemoOptions) -> dict[str, Any]:
 
 
 def thinned(history: dict[str, list[float]], every: int = 10) -> dict[str, list[float]]:
-    """Means over ``every`` steps; what a step has not, NaN, is left out, and none is 0."""
+    """Means over those of ``every`` steps that have a value; NaN where none has."""
     out = {}
     for name, values in history.items():
-        parts = [[v for v in values[i : i + every] if not math.isnan(v)] for i in range(0, len(values), every)]
-        out[name] = [sum(part) / len(part) if part else 0.0 for part in parts]
+        out[name] = [_mean(values[i : i + every]) for i in range(0, len(values), every)]
     return out
 
 
@@ -373,6 +373,12 @@ def table(results: dict) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def _mean(values) -> float:
+    """Of those that are numbers; NaN where none is."""
+    some = [v for v in values if not math.isnan(v)]
+    return sum(some) / len(some) if some else math.nan
+
+
 def plot(results: dict, path: Path) -> None:
     """Reward, tool rate and all-wrong rate of the training rollouts by step; a line a seed and the mean."""
     import matplotlib
@@ -385,12 +391,14 @@ def plot(results: dict, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for name, arm in ARMS.items():
-            lines = [s["arms"][name]["history"][key] for s in results["seeds"]]
+            # a share of nothing has no value: a gap in the line
+            given = [s["arms"][name]["history"][key] for s in results["seeds"]]
+            lines = [[math.nan if v is None else v for v in line] for line in given]
             every = results["options"]["steps"] / len(lines[0])
             steps = [(i + 0.5) * every for i in range(len(lines[0]))]
             for line in lines:
                 axis.plot(steps, line, color=colors[name], alpha=0.2, linewidth=0.8)
-            mean = [sum(values) / len(values) for values in zip(*lines, strict=True)]
+            mean = [_mean(values) for values in zip(*lines, strict=True)]
             axis.plot(steps, mean, color=colors[name], linewidth=2, label=arm.name)
         axis.set(title=title, xlabel="step", ylim=(-0.02, 1.02))
     axes[0].legend(fontsize=8)

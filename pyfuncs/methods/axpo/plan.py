@@ -1,8 +1,8 @@
 """What AXPO resamples and what each token is credited with: pure functions of rewards, flags and masks.
 
-arXiv 2605.28774, section 3.  A batch is B questions of N rollouts, rewards 0 or 1.  A question's tool-using rollouts are
-its subgroup U.  Where U is not empty and all of it is wrong, the prefix of some of them, up to and including the first
-tool-call tag, is kept and continued K times:
+arXiv 2605.28774, section 3.  A batch is B questions of N rollouts, rewards 0 or 1.  A question's tool-using rollouts
+are its subgroup U.  Where U is not empty and all of it is wrong, the prefix of some of them, up to and including the
+first tool-call tag, is kept and continued K times:
 
     Eq. 2   A_res_k = (r_k - mean r) / std r       over the K continuations; their own tokens behind the prefix
     Eq. 3   r_pre   = 1[some r_k = 1]
@@ -38,8 +38,8 @@ class Rules:
         prefix_credit: False is "no prefix credit": no Eq. 3 and 4, the source stays an ordinary rollout.
         merge_groups: True is "merged advantage group": a question's rollouts, r_pre in the sources' place, and all its
             resamples are one group, whose mean and std everyone's advantage is made with.
-        subgroup: "no_tool" is "resample no-tool instead": trigger and source are the rollouts without a call.  They have
-            no tag to keep a prefix to, so whole rollouts are sampled anew.
+        subgroup: "no_tool" is "resample no-tool instead": trigger and source are the rollouts without a call.  They
+            have no tag to keep a prefix to, so whole rollouts are sampled anew.
         std: of Eq. 2 and 4, "sample" (n - 1) or "population".
         eps: added to it.  A group of equal rewards has advantages 0.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,6 +86,13 @@ class AXPOTrainer(GRPOTrainer):
         "id": "2605.28774",
         "citation": "",
     }
+    args: Any  # AXPOConfig, whose GRPO fields have more types than values
+    model: Any
+    processing_class: Any
+    chat_template_kwargs: Any
+    reward_funcs: list[Any]
+    num_generations: int
+    max_completion_length: int
 
     def __init__(
         self,
@@ -107,14 +113,14 @@ class AXPOTrainer(GRPOTrainer):
             missing = "resample_func" if resample_func is None else "rollout_func"
             raise ValueError(f"rollout_func and resample_func go together: {missing} is missing")
         super().__init__(model, reward_funcs, args, **kwargs)
-        self.resample_func = resample_func
+        self.resample_func: Any = resample_func
         self.rules = args.rules()
         self.reward_funcs = [
             f if isinstance(f, nn.Module) else _numbers_only(f, name)
             for f, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
-        self._rollouts: _Rollouts | None = None
-        self._rewards: Tensor | None = None
+        self._rollouts: Any = None
+        self._rewards: Any = None
         self._prefixes: list[_Source] | None = None
         self._check_model()
         self._check_tags()
@@ -147,8 +153,9 @@ class AXPOTrainer(GRPOTrainer):
         for name in ("tool_call_open", "tool_call_close"):
             tag = getattr(self.args, name)
             ids = self._tokenizer(tag, add_special_tokens=False)["input_ids"]
-            if tag not in self._text(ids):
-                raise ValueError(f"{name}={tag!r} never appears as tokens: this tokenizer makes {self._text(ids)!r} of it")
+            text = self._text(ids)
+            if tag not in text:
+                raise ValueError(f"{name}={tag!r} never appears as tokens: this tokenizer makes {text!r} of it")
             if written is not None and tag not in written:
                 raise ValueError(f"{name}={tag!r} is not how the chat template writes a call: {written[-160:]!r}")
 
@@ -193,7 +200,6 @@ class AXPOTrainer(GRPOTrainer):
         questions = [dict(row) for row in inputs]  # a rollout_func's fields are written into the rows
         batch = super()._generate_and_score_completions(inputs)
         rollouts, group = self._rollouts, self.num_generations
-        assert rollouts is not None  # for the type checker
         rewards = check_rewards(self._total_rewards().view(-1, group))
         calls = self._calls(rollouts)
         flags = torch.tensor([[c is not None, self._may_go_on(c)] for c in calls], device=self.accelerator.device)
@@ -217,7 +223,6 @@ class AXPOTrainer(GRPOTrainer):
     def _total_rewards(self) -> Tensor:
         """(rows over all ranks,) as TRL sums them; NaN where no function gave a number."""
         given = self._rewards
-        assert given is not None
         total = (given * self.reward_weights.to(given.device)).nansum(1)
         return total.masked_fill(given.isnan().all(1), math.nan)
 
@@ -228,7 +233,8 @@ class AXPOTrainer(GRPOTrainer):
             call = first_call(ids, rollouts.own(i), self._text, *tags)
             said = rollouts.completions[i]
             if call is None and self.tools and any(m["role"] == "tool" for m in said if isinstance(m, dict)):
-                raise ValueError(f"a rollout called a tool without tool_call_open={tags[0]!r}: {self._text(ids)[:160]!r}")
+                text = self._text(ids)[:160]
+                raise ValueError(f"a rollout called a tool without tool_call_open={tags[0]!r}: {text!r}")
             out.append(call)
         return out
 
@@ -316,17 +322,16 @@ class AXPOTrainer(GRPOTrainer):
         return extra, check_rewards(rewards)
 
     def _resample_with(self, sources: list[_Source], prompts: list, trainer) -> dict:
-        assert self.resample_func is not None
         return self.resample_func(prompts, [list(s.prefix) for s in sources], trainer)
 
     def _check_resamples(self, sources: list[_Source]) -> None:
         rollouts = self._rollouts
-        assert rollouts is not None
         for source, prompt, ids in zip(sources, rollouts.prompt_ids, rollouts.completion_ids, strict=True):
             if list(prompt) != list(source.prompt_ids):
+                before, now = (self._text(ids)[-160:] for ids in (source.prompt_ids, prompt))
                 raise ValueError(
                     "a resample's prompt is not its source's: the environment's reset() (or rollout_func) must be a "
-                    f"function of the row; {self._text(source.prompt_ids)[-160:]!r} became {self._text(prompt)[-160:]!r}"
+                    f"function of the row; {before!r} became {now!r}"
                 )
             if list(ids[: len(source.prefix)]) != list(source.prefix):
                 raise ValueError("resample_func returned completion_ids that do not begin with their prefix")
@@ -392,18 +397,14 @@ def _numbers_only(function: Callable, name: str) -> Callable:
 
     def check(values):
         for i, value in enumerate(values):
-            number = isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1)
-            if value is not None and not (number and math.isfinite(value)):
+            if value is not None and not (hasattr(value, "__float__") and math.isfinite(value)):
                 raise ValueError(f"reward function {name}: value {i} is not a number: {value!r}")
         return values
 
-    if is_async_callable(function):
+    async def later(*args, **kwargs):
+        return check(await function(*args, **kwargs))
 
-        async def wrapped(*args, **kwargs):
-            return check(await function(*args, **kwargs))
-    else:
+    def now(*args, **kwargs):
+        return check(function(*args, **kwargs))
 
-        def wrapped(*args, **kwargs):
-            return check(function(*args, **kwargs))
-
-    return functools.wraps(function)(wrapped) if hasattr(function, "__name__") else wrapped
+    return later if is_async_callable(function) else now

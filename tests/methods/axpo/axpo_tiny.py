@@ -24,8 +24,8 @@ START, END = "<|im_start|>", "<|im_end|>"
 #: Long constant parts of the template, a token each: characters would make prompts of a thousand tokens.
 CONSTANT = (
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
-    "signatures within <tools></tools> XML tags:\n<tools>",
+    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with "
+    "function signatures within <tools></tools> XML tags:\n<tools>",
     "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
     "<tool_call></tool_call> XML tags:\n<tool_call>\n",
     '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>',
@@ -68,7 +68,7 @@ def reward(completions, answer, **_) -> list[float]:
 
 
 def call(x, y, name="add") -> str:
-    return '\n{"name": "%s", "arguments": {"x": %d, "y": %d}}\n</tool_call>' % (name, x, y)
+    return "\n" + json.dumps({"name": name, "arguments": {"x": x, "y": y}}) + "\n</tool_call>"
 
 
 class Script:
@@ -88,6 +88,7 @@ class Script:
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             texts.append(self.answer(self.tok.decode(ids[mask.bool()])))
         new = [torch.tensor(self.tok(t, add_special_tokens=False)["input_ids"]) for t in texts]
+        new = [n[: generation_config.max_new_tokens] for n in new]
         width = max(len(n) for n in new)
         out = torch.full((len(new), width), self.tok.pad_token_id)
         for row, ids in zip(out, new, strict=True):

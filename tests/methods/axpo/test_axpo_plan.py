@@ -40,7 +40,7 @@ def loss_of(logp, rows, norm="row", rollouts=None):
 
 
 def test_a1_every_token_belongs_to_one_stream():
-    """dL/dlogp is zero at resampled rows' prefixes and behind the source's prefix, and nowhere else among own tokens."""
+    """dL/dlogp is zero at resampled rows' prefixes and behind the source's, and nowhere else among own tokens."""
     own = torch.tensor([1, 1, 1, 1, 0, 0, 1, 1])
     head, tail = stream_masks(own, 3)
     assert (head + tail).tolist() == own.tolist() and (head * tail).sum() == 0
@@ -164,7 +164,8 @@ def test_a10_proposition_1():
 ])  # fmt: skip
 def test_a10_clip(advantage, ratio, plain, dual):
     """d surrogate / d ratio of the library's objectives at 0.2 / 0.4; the dual clip changes ratios above 3 alone."""
-    for objective, want in ((objectives.dapo(low=0.2, high=0.4), plain), (objectives.ppo_clip(low=0.2, high=0.4), dual)):
+    clip = {"low": 0.2, "high": 0.4}
+    for objective, want in ((objectives.dapo(**clip), plain), (objectives.ppo_clip(**clip), dual)):
         z = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)  # p = 1/2, d logp / d z_0 = 1/2
         inputs = {"advantages": t(advantage), "old_logp": t(math.log(0.5) - math.log(ratio))}
         loss = row_loss(z, torch.zeros(1, dtype=torch.long), objective, inputs=inputs)

@@ -5,7 +5,9 @@ import pytest
 
 from burnish.methods.axpo.spans import Call, first_call
 
-PIECES = ["<tool", "_call", ">", "</tool", ">\n", "<", "tool_call>", "think ", "{x}", " more", "<tool_call>", "</", "<eos>"]
+PIECES = [
+    "<tool", "_call", ">", "</tool", ">\n", "<", "tool_call>", "think ", "{x}", " more", "<tool_call>", "</", "<eos>",
+]  # fmt: skip
 
 
 def decode(ids):
@@ -49,6 +51,7 @@ def test_characters():
     tok = toy.tokenizer()
     text = "hm\n<tool_call>" + toy.call(3, 4) + toy.END
     ids = tok(text, add_special_tokens=False)["input_ids"]
-    got = first_call(ids, [1] * len(ids), lambda i: tok.decode(i, skip_special_tokens=False), "<tool_call>", "</tool_call>")
+    read = lambda i: tok.decode(i, skip_special_tokens=False)  # noqa: E731
+    got = first_call(ids, [1] * len(ids), read, "<tool_call>", "</tool_call>")
     assert tok.decode(ids[: got.prefix]) == "hm\n<tool_call>"
     assert tok.decode(ids[: got.end]) == text.removesuffix(toy.END)
