@@ -373,6 +373,12 @@ def table(results: dict) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def markdown(results: dict) -> str:
+    """The results as a table for docs."""
+    head, *rest = rows_of(results)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rest))
+
+
 def _mean(values) -> float:
     """Of those that are numbers; NaN where none is."""
     some = [v for v in values if not math.isnan(v)]

@@ -19,8 +19,8 @@ from burnish.methods.axpo.questions import exact, final_answer, load_questions, 
 
 
 @pytest.mark.parametrize(("expression", "want"), [
-    ("3 + 4", "7"), (" (3+4)*2 ", "14"), ("7/2", "3.5"), ("8/2", "4"), ("7//2", "3"), ("-7 % 3", "2"), ("2**10", "1024"),
-    ("1e3", "1000"), ("0.1+0.2", "0.3"), ("10**20", "100000000000000000000"), ("-(-3)", "3"), ("1/3", "0.333333333333"),
+    ("3 + 4", "7"), (" (3+4)*2 ", "14"), ("7/2", "3.5"), ("8/2", "4"), ("7//2", "3"), ("-7 % 3", "2"),
+    ("2**10", "1024"), ("1e3", "1000"), ("0.1+0.2", "0.3"), ("10**20", "100000000000000000000"), ("-(-3)", "3"), ("1/3", "0.333333333333"),
 ])  # fmt: skip
 def test_calculator(expression, want):
     assert calculator(expression) == want
@@ -47,7 +47,7 @@ def message(text, role="assistant"):
 def test_answers_and_rewards():
     assert final_answer(message("so <answer>1</answer> or <answer> 42\n</answer>.")) == "42"
     assert final_answer(message(" 42 ")) == "42"
-    assert final_answer(message("7", "tool")) == "" and final_answer([]) == "" and final_answer([{"role": "assistant"}]) == ""
+    assert final_answer(message("7", "tool")) == final_answer([]) == final_answer([{"role": "assistant"}]) == ""
     assert exact([message("4 "), message("5")], [4, "6"]) == [1.0, 0.0]
     rows, task = load_questions("reasoning-gym:chain_sum", {"size": 3, "seed": 1}, "Be brief.")
     assert [m["role"] for m in rows[0]["prompt"]] == ["system", "user"] and [r["entry"] for r in rows] == [0, 1, 2]
@@ -92,7 +92,8 @@ def caller(tmp_path_factory):
 def command(caller, output, *more):
     return ["axpo", "--model", caller[0], "--data", caller[1], "--system", "", "--output", str(output), "--generations",
             "4", "--resamples", "2", "--budget", "1.0", "--batch-size", "16", "--learning-rate", "1e-3",
-            "--max-completion-length", "100", "--logging-steps", "1", "--max-steps", "4", "--save-steps", "1", *more]  # fmt: skip
+            "--max-completion-length", "100", "--logging-steps", "1", "--max-steps", "4", "--save-steps", "1",
+            *more]  # fmt: skip
 
 
 def weights(folder):
@@ -133,8 +134,8 @@ def test_yaml_modules_and_trls_head(caller, tmp_path, monkeypatch, capfd):
         "    return '2'\n\n\ndef score(completions, **_):\n    return [1.0 for _ in completions]\n"
     )
     (tmp_path / "run.yaml").write_text(
-        f"model: {caller[0]}\ndata: {caller[1]}\noutput: out\nhead: trl\ntool: calculator, mine:double\nreward: mine:score\n"
-        "max-steps: 1\ngenerations: 2\nbatch-size: 4\nmax-completion-length: 20\nset: {beta: 0.0, temperature: 0.9}\n"
+        f"model: {caller[0]}\ndata: {caller[1]}\noutput: out\nhead: trl\ntool: calculator, mine:double\n"
+        "reward: mine:score\nmax-steps: 1\ngenerations: 2\nbatch-size: 4\nmax-completion-length: 20\nset: {beta: 0.0, temperature: 0.9}\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

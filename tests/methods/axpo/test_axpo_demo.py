@@ -1,4 +1,4 @@
-"""The toy: its world is what its docstring says, its numbers come from the plan, and a short run reports what happened."""
+"""The toy: its world is what its docstring says, and a short run reports what happened."""
 
 import json
 
