@@ -78,6 +78,22 @@ def run(arguments: list[str], kill_when: Path | None = None) -> float:
     return time.perf_counter() - begun
 
 
+def markdown(result: dict) -> str:
+    """The results as docs show them."""
+    names = ("reward", "axpo/tool_rate", "axpo/trigger_rate", "axpo/resampled_rows", "axpo/recovered_rate")
+    rows = [["step", *(n.removeprefix("axpo/").replace("_", " ") for n in names)]]
+    rows.append(["---"] * len(rows[0]))
+    for step, log in enumerate(result["logs"], 1):
+        rows.append([str(step), *("-" if log.get(n) is None else f"{log[n]:.3g}" for n in names)])
+    same = "to the same bits" if result["resumed_to_the_same_bits"] else "elsewhere"
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    return "\n".join([
+        f"{result['model']}, a question of eight rollouts a step, {result['steps']} steps in "
+        f"{result['seconds']:.0f} s on {result['threads']} thread(s); killed after the first checkpoint and resumed, "
+        f"it ended {same}.", "", *lines,
+    ])  # fmt: skip
+
+
 def main() -> None:
     """Both runs, the comparison, the file of results."""
     import torch

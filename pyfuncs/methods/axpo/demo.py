@@ -12,7 +12,7 @@ questions do well without.  The start is fitted to a teacher that calls the tool
 argument in 13 % of the calls, and answers the usual answer otherwise.  All arms of a seed begin at the same weights.
 
 Regime: p(tool works) is low but not hopeless, success without it moderate.  The toy shows a direction in that regime,
-not the size of an effect; with rarer success AXPO fails too, and where the tool is the only way GRPO learns it.
+not the size of an effect.
 
 One update a batch, on the policy that sampled: the ratio is 1 and the clip at 0.2 / 0.4 never acts.
 """

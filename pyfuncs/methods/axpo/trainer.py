@@ -202,7 +202,8 @@ class AXPOTrainer(GRPOTrainer):
         rollouts, group = self._rollouts, self.num_generations
         rewards = check_rewards(self._total_rewards().view(-1, group))
         calls = self._calls(rollouts)
-        flags = torch.tensor([[c is not None, self._may_go_on(c)] for c in calls], device=self.accelerator.device)
+        flags = torch.tensor([[int(c is not None), int(self._may_go_on(c))] for c in calls])
+        flags = flags.to(self.accelerator.device)
         called, able = self.accelerator.gather(flags).bool().T.reshape(2, -1, group)
         member = called if self.rules.subgroup == "tool" else ~called
         trigger = triggered(member, rewards == 1)

@@ -12,6 +12,8 @@ import pytest
 import tiny_models as tiny
 import torch
 from safetensors.torch import load_file
+from transformers import AddedToken
+from transformers.utils import get_json_schema as schema
 
 from burnish.cli import main
 from burnish.methods.axpo.calculator import calculator
@@ -20,7 +22,8 @@ from burnish.methods.axpo.questions import exact, final_answer, load_questions, 
 
 @pytest.mark.parametrize(("expression", "want"), [
     ("3 + 4", "7"), (" (3+4)*2 ", "14"), ("7/2", "3.5"), ("8/2", "4"), ("7//2", "3"), ("-7 % 3", "2"),
-    ("2**10", "1024"), ("1e3", "1000"), ("0.1+0.2", "0.3"), ("10**20", "100000000000000000000"), ("-(-3)", "3"), ("1/3", "0.333333333333"),
+    ("2**10", "1024"), ("1e3", "1000"), ("0.1+0.2", "0.3"),
+    ("10**20", "100000000000000000000"), ("-(-3)", "3"), ("1/3", "0.333333333333"),
 ])  # fmt: skip
 def test_calculator(expression, want):
     assert calculator(expression) == want
@@ -60,26 +63,29 @@ def test_answers_and_rewards():
 
 @pytest.fixture(scope="module")
 def caller(tmp_path_factory):
-    """A tiny model that has learnt to call the calculator, with digits that it draws."""
+    """(folder, data) of a tiny model that has learnt to call the calculator, with digits that it draws."""
     folder = tmp_path_factory.mktemp("caller")
     tok, model = toy.tokenizer(), toy.model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    opening, begin, end = "<tool_call>", '\n{"name": "calculator", "arguments": {"expression": "', '"}}\n</tool_call>'
+    tok.add_tokens([AddedToken(x, normalized=False) for x in (opening, begin, end, json.dumps(schema(calculator)))])
     generator = torch.Generator().manual_seed(0)
-    rows = []
-    for _ in range(32):
+    rows, starts = [], []
+    for i in range(48):
         x, y, a, b = torch.randint(1, 5, (4,), generator=generator).tolist()
-        call = {"name": "calculator", "arguments": {"expression": f"{a}+{b}"}}
-        messages = [{"role": "user", "content": f"{x}+{y}"}]
-        if _ % 4:
-            messages += [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
-                         {"role": "tool", "name": "calculator", "content": str(a + b)}]  # fmt: skip
-        messages.append({"role": "assistant", "content": str(a + b)})
-        text = tok.apply_chat_template(messages, tokenize=False).split("helpful assistant.")[1]
-        rows.append(tok(text, add_special_tokens=False)["input_ids"])
+        prompt = tok.apply_chat_template(message(f"{x}+{y}", "user"), tools=[calculator], add_generation_prompt=True)
+        said = f"{opening}{begin}{a}+{b}{end}" if i % 3 else str(a + b)
+        if i % 6 == 1:  # behind the tool's answer, that answer
+            said += f"{toy.END}\n{toy.START}user\n<tool_response>\n{a + b}\n</tool_response>{toy.END}\n"
+            said += f"{toy.START}assistant\n{a + b}"
+        starts.append(len(prompt["input_ids"]))
+        rows.append(prompt["input_ids"] + tok(said + toy.END, add_special_tokens=False)["input_ids"])
     width = max(map(len, rows))
     ids = torch.tensor([r + [tok.pad_token_id] * (width - len(r)) for r in rows])
     labels = ids.masked_fill(ids == tok.pad_token_id, -100)
-    for _ in range(120):
+    for row, start in zip(labels, starts, strict=True):
+        row[:start] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(40):
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -135,7 +141,8 @@ def test_yaml_modules_and_trls_head(caller, tmp_path, monkeypatch, capfd):
     )
     (tmp_path / "run.yaml").write_text(
         f"model: {caller[0]}\ndata: {caller[1]}\noutput: out\nhead: trl\ntool: calculator, mine:double\n"
-        "reward: mine:score\nmax-steps: 1\ngenerations: 2\nbatch-size: 4\nmax-completion-length: 20\nset: {beta: 0.0, temperature: 0.9}\n"
+        "reward: mine:score\n"
+        "max-steps: 1\ngenerations: 2\nbatch-size: 4\nmax-completion-length: 20\nset: {beta: 0.0, temperature: 0.9}\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

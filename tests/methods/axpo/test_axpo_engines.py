@@ -7,8 +7,10 @@ import pytest
 import torch
 from datasets import Dataset
 from test_axpo_trainer import K, N, Recording, scored
+from trl.data_utils import prepare_multimodal_messages
 
 from burnish.methods.axpo import batch as rows
+from burnish.methods.axpo.trainer import _Source
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +240,14 @@ def test_vision_language(tmp_path):
     for i, a in enumerate(asked):
         for j, b in enumerate(asked):
             assert torch.equal(batch["pixel_values"][i], batch["pixel_values"][j]) == (a == b)
+    # and the model's own generate goes on from prompt, picture and prefix
+    script = t.model.__dict__.pop("generate")
+    messages = prepare_multimodal_messages(data[0]["prompt"], images=[pictures[0]])
+    ids, images, fields = t._tokenize_prompts([messages] * 2)
+    t._prefixes = [_Source(i, {}, ids[0], prefix, None) for i, prefix in enumerate(([5, 6, 7], [8]))]
+    out, _ = t._generate_single_turn(ids, images, fields, 1)
+    assert out[0][:3] == [5, 6, 7] and out[1][:1] == [8] and all(4 <= len(y) <= 200 for y in out)
+    t.model.generate = script
     before = toy.parameters(t)
     t.train()
     after = toy.parameters(t)

@@ -327,6 +327,18 @@ def test_fused_policy_head(tmp_path, folder):
         torch.testing.assert_close(results[1][0][name], p, rtol=1e-4, atol=1e-5)
 
 
+def test_lora(tmp_path, folder):
+    """The reference is the model without its adapters; resampled rows have its log-probabilities too."""
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    t = toy.trainer(tmp_path, folder, peft_config=lora, resample_budget=1.0, num_iterations=2)
+    t.train()
+    logs = [e for e in t.state.log_history if "loss" in e]
+    assert t.ref_model is None and sum(e.get("axpo/resampled_rows", 0) for e in logs) > 0
+    assert logs[0]["kl"] == 0 and logs[1]["kl"] > 0
+
+
 def test_evaluation_is_trls(tmp_path, folder):
     t = toy.trainer(tmp_path, folder, resample_budget=1.0)
     t.model.eval()
