@@ -1,4 +1,4 @@
-"""The command line: ``burnish sft``, ``drift``, ``chunkft``, ``tokens``, ``demo``, ``objectives``, ``doctor``.
+"""The command line: ``burnish sft``, ``drift``, ``axpo``, ``ra-rft``, ``chunkft``, ``tokens``, ``demo``, ``doctor``.
 
 Bad input ends with one line on stderr, ``burnish: error: ...``, and exit code 2.  Subcommands import what
 they need when they run.
@@ -7,6 +7,7 @@ they need when they run.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import warnings
@@ -14,11 +15,26 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from .methods import sft_options
+from .methods.axpo import options as axpo_options
+from .methods.axpo.demo_options import AXPODemoOptions
 from .methods.demo_options import DemoOptions
 from .methods.drift import options as drift_options
 from .methods.drift.demo_options import DriftDemoOptions
 from .methods.options import add_flags, assignments, given_flags
 from .methods.processes import leave_it_to_the_first, speaks
+
+#: Commands of a package of methods/ each, with ``options``, ``run`` and ``demo``: help; whose fields --set takes; the
+#: extras that it needs; its options, its demo's help and options.
+_METHODS = {
+    "drift": (
+        "multi-turn fine-tuning, episodes weighed by their returns (DRIFT)", "burnish.methods.DriftConfig", "train",
+        drift_options, "a toy: DRIFT beside its baselines", DriftDemoOptions,
+    ),
+    "axpo": (
+        "GRPO that tries failed tool calls again (AXPO)", "trl.GRPOConfig", "train",
+        axpo_options, "a toy with a tool: GRPO and AXPO", AXPODemoOptions,
+    ),
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,9 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(sft, sft_options.OPTIONS, "trl.SFTConfig")
     sft.add_argument("--objective-arg", action="append", metavar="KEY=VALUE", help="one argument; repeatable")
     sft.set_defaults(run=_sft)
-    drift = commands.add_parser("drift", help="multi-turn weighted fine-tuning", description=_drift.__doc__)
-    add_flags(drift, drift_options.OPTIONS, "burnish.methods.DriftConfig")
-    drift.set_defaults(run=_drift)
+    for name, (about, configuration, _, options, _, _) in _METHODS.items():
+        method = commands.add_parser(name, help=about, description=options.__doc__)
+        add_flags(method, options.OPTIONS, configuration)
+        method.set_defaults(run=_method)
     chunkft = commands.add_parser("chunkft", help="full fine-tuning, one chunk of the parameters at a time")
     actions = chunkft.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
     cut = actions.add_parser(
@@ -87,24 +104,25 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="a method at work on this machine, nothing fetched")
     names = demo.add_subparsers(dest="name", required=True, metavar="NAME", parser_class=_Parser)
     one = names.add_parser("sft", help="SmolLM2-135M learns a task by SFT and by Target-SFT", description=_demo.__doc__)
-    for field in fields(DemoOptions):
-        kind = type(field.default)
-        flag = f"--{field.name.replace('_', '-')}"
-        one.add_argument(
-            flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=f"({field.default})"
-        )
+    _add_fields(one, DemoOptions)
     one.set_defaults(run=_demo)
-    two = names.add_parser("drift", help="a toy: DRIFT beside its baselines", description=_demo_drift.__doc__)
-    for field in fields(DriftDemoOptions):
-        kind = type(field.default)
-        flag = f"--{field.name.replace('_', '-')}"
-        two.add_argument(
-            flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=f"({field.default})"
-        )
-    two.set_defaults(run=_demo_drift)
+    for name, (_, _, _, _, about, fields_of_demo) in _METHODS.items():
+        toy = names.add_parser(name, help=about, description=fields_of_demo.__doc__)
+        _add_fields(toy, fields_of_demo)
+        toy.set_defaults(run=_toy)
     commands.add_parser("objectives", help="list the objectives").set_defaults(run=_objectives)
     commands.add_parser("doctor", help="what is installed, and which backend serves each op").set_defaults(run=_doctor)
     return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, options: type) -> None:
+    """A flag for each field of a demo's options."""
+    for field in fields(options):
+        kind = type(field.default)
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(
+            flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=f"({field.default})"
+        )
 
 
 def _add_tokens(actions) -> None:
@@ -150,18 +168,30 @@ def _sft(arguments: argparse.Namespace):
     return lambda: run_sft.train(trainer, data, directory)
 
 
-def _drift(arguments: argparse.Namespace):
-    """Play a fixed policy against a task's verifier over several turns, weigh the episodes by their returns, fine-tune
-    on them, and again where --refresh says so (DRIFT, arXiv 2605.31455)."""
-    options = drift_options.merged(given_flags(arguments, drift_options.OPTIONS), arguments.config)
+def _method(arguments: argparse.Namespace):
+    name = arguments.command
+    _, _, extras, options, _, _ = _METHODS[name]
+    merged = options.merge(given_flags(arguments, options.OPTIONS), arguments.config)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers)\b")
     try:
-        from .methods.drift import run
-
-        prepared = run.prepare(options)
+        run = importlib.import_module(f".methods.{name.replace('-', '_')}.run", __package__)
+        prepared = run.prepare(merged)
     except ImportError as error:
-        raise ValueError(f"burnish drift needs its packages: pip install 'burnish[train]' ({error})") from error
-    return lambda: run.run(prepared)
+        raise ValueError(f"burnish {name} needs its packages: pip install 'burnish[{extras}]' ({error})") from error
+    return lambda: run.train(prepared)
+
+
+def _toy(arguments: argparse.Namespace):
+    name = arguments.name
+    _, _, extras, _, _, kind = _METHODS[name]
+    options = kind(**{f.name: getattr(arguments, f.name) for f in fields(kind)}).check()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers)\b")
+    try:
+        demo = importlib.import_module(f".methods.{name.replace('-', '_')}.demo", __package__)
+    except ImportError as error:
+        extras = "demo" if extras == "train" else f"demo,{extras}"
+        raise ValueError(f"this demo needs its packages: pip install 'burnish[{extras}]' ({error})") from error
+    return lambda: demo.run(options)
 
 
 def _chunkft_plan(arguments: argparse.Namespace) -> None:
@@ -211,19 +241,6 @@ def _demo(arguments: argparse.Namespace):
     except ImportError as error:
         raise ValueError(f"burnish demo needs its packages: pip install 'burnish[demo]' ({error})") from error
     check_model_name(options.model)
-    return lambda: demo.run(options)
-
-
-def _demo_drift(arguments: argparse.Namespace):
-    """A toy whose right answers are known: DRIFT, its variants and rejection sampling from one reference policy, over
-    several seeds; a table with confidence intervals and a plot."""
-    given = {f.name: getattr(arguments, f.name) for f in fields(DriftDemoOptions)}
-    options = DriftDemoOptions(**given).check()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers)\b")
-    try:
-        from .methods.drift import demo
-    except ImportError as error:
-        raise ValueError(f"burnish demo needs its packages: pip install 'burnish[demo]' ({error})") from error
     return lambda: demo.run(options)
 
 

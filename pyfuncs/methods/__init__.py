@@ -10,12 +10,13 @@ import importlib
 _HOMES = {
     "TargetSFTTrainer": "target_sft", "fuse_lm_head": "fused_head", "FusedHead": "fused_head",
     "fuse_policy_head": "policy_head", "PolicyHead": "policy_head", "load_model": "models", "accuracy": "evaluate",
+    "AXPOConfig": "axpo.config", "AXPOTrainer": "axpo.trainer",
     "DriftConfig": "drift.trainer", "DriftTrainer": "drift.trainer",
 }  # fmt: skip
 
 __all__ = [
-    "DriftConfig", "DriftTrainer", "FusedHead", "PolicyHead", "TargetSFTTrainer", "accuracy", "fuse_lm_head",
-    "fuse_policy_head", "load_model",
+    "AXPOConfig", "AXPOTrainer", "DriftConfig", "DriftTrainer", "FusedHead", "PolicyHead", "TargetSFTTrainer",
+    "accuracy", "fuse_lm_head", "fuse_policy_head", "load_model",
 ]  # fmt: skip
 
 

@@ -1,11 +1,13 @@
-"""The options of ``burnish drift``."""
+"""Play a fixed policy against a task's verifier over several turns, weigh the episodes by their returns, fine-tune on
+them, and again where --refresh says so (DRIFT, arXiv 2605.31455)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..options import Option, count, flag, mapping, merge, natural, nonnegative, number, one_of, output_options, text
+from .. import options
+from ..options import Option, count, flag, mapping, natural, nonnegative, number, one_of, output_options, text
 
 #: What --set may not name, because an option of our own does.
 OWN_FIELDS = {
@@ -67,9 +69,9 @@ OPTIONS: dict[str, Option] = {
 REQUIRED = ("model", "output")
 
 
-def merged(flags: Mapping[str, Any], config: str | None) -> dict[str, Any]:
+def merge(flags: Mapping[str, Any], config: str | None) -> dict[str, Any]:
     """Every option's value, checked against the others.  ValueError."""
-    out = merge(OPTIONS, REQUIRED, flags, config)
+    out = options.merge(OPTIONS, REQUIRED, flags, config)
     if out["data"] is None and out["episodes"] is None:
         raise ValueError("--data is required to collect episodes, or --episodes to train on those of a file")
     if out["data"] is None:

@@ -90,7 +90,7 @@ def prepare(options: dict[str, Any]) -> Run:
     return Run(options, directory, data, verifier, given, client)
 
 
-def run(it: Run) -> None:
+def train(it: Run) -> None:
     """All rounds that are not done; a summary of each goes to stdout."""
     options, directory = it.options, it.directory
     quiet_bars()

@@ -1,0 +1,22 @@
+"""The options of ``burnish demo axpo``, apart from the demo so that listing them imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AXPODemoOptions:
+    """24 questions, half of which need a tool that hardly ever works at first: GRPO, GRPO with doubled rollouts, AXPO and
+    two of its ablations, from the same starts.  The defaults take minutes on one core."""
+
+    seeds: int = 5
+    steps: int = 300
+    output: str = "runs/demo-axpo"
+
+    def check(self) -> AXPODemoOptions:
+        """Itself; ValueError for a value that cannot be."""
+        for name in ("seeds", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        return self
