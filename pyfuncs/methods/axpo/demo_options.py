@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AXPODemoOptions:
-    """24 questions, half of which need a tool that hardly ever works at first: GRPO, GRPO with doubled rollouts, AXPO and
-    two of its ablations, from the same starts.  The defaults take minutes on one core."""
+    """24 questions, half of which need a tool that hardly ever works at first: GRPO, GRPO with doubled rollouts, AXPO
+    and two of its ablations, from the same starts.  The defaults take minutes on one core."""
 
     seeds: int = 5
     steps: int = 300

@@ -1,5 +1,5 @@
-"""Train with TRL's GRPO and tools; where every rollout of a question that called a tool failed, try the calls again from
-the tag that opened them (AXPO, arXiv 2605.28774)."""
+"""Train with TRL's GRPO and tools; where every rollout of a question that called a tool failed, try the calls again
+from the tag that opened them (AXPO, arXiv 2605.28774)."""
 
 from __future__ import annotations
 
