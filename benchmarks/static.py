@@ -40,6 +40,7 @@ from burnish.kernels import (
     adamw_triton,
     attention_triton,
     farthest_triton,
+    maxsim_triton,
     probe_triton,
     rows_triton,
     segment_sum_triton,
@@ -228,6 +229,33 @@ def run_attention(targets=TARGETS, dtypes=("fp32", "bf16"), variants=ATTENTION) 
         constants, options = {"BLOCK": farthest_triton.MOST}, {"num_warps": farthest_triton.WARPS}
         compiled = build_pointers(kernel, constants, types, target, options, ragged=(*ragged, "start"))
         table[f"farthest/farthest/fp64/{label}"] = measure(compiled, target)
+    return table
+
+
+#: Late interaction: d, and tokens of a query, of ColBERT and of MiniLM's token embeddings.
+MAXSIM = {"colbert": (128, 32), "minilm": (384, 64)}
+
+
+def run_maxsim(targets=TARGETS, dtypes=("fp32", "bf16"), variants=MAXSIM) -> dict:
+    """{"kernel/variant/dtype/target": counts} of MaxSim; counts of queries, documents and tokens are not multiples."""
+    table = {}
+    whole = {"ARG": "*i32", "QUERY_ENDS": "*i32", "DOCUMENT_ENDS": "*i32", "QUERY_MASK": "*u8", "DOCUMENT_MASK": "*u8"}
+    ragged = ("documents", "queries", "query_tokens", "document_tokens", "arg_step")
+    for label, target in targets.items():
+        maker = "amd" if target.backend == "hip" else "nvidia"
+        for dtype_name in dtypes:
+            dtype = DTYPES[dtype_name][0]
+            types = dict.fromkeys(("QUERIES", "DOCUMENTS", "OUT"), _NAMES[dtype]) | whole
+            for variant in variants:
+                d, tokens = MAXSIM[variant]
+                constants = {**maxsim_triton.blocks(dtype, d, tokens, maker=maker), **maxsim_triton.flags(dtype)}
+                constants |= {"KEEP": True, "EVEN": True}
+                for name in ("forward", "d_queries", "d_documents"):
+                    kernel = getattr(maxsim_triton, f"{name}_kernel")
+                    own = {n: x for n, x in constants.items() if n in kernel.arg_names}
+                    options = maxsim_triton.options(maker)
+                    compiled = build_pointers(kernel, own, types, target, options, ragged=ragged)
+                    table[f"maxsim_{name}/{variant}/{dtype_name}/{label}"] = measure(compiled, target)
     return table
 
 
@@ -427,7 +455,8 @@ def set_budgets() -> None:
     """The most of any dtype, registers rounded up to a multiple of 8: hardware allocates them so."""
     budgets: dict = {}
     result = json.loads(RESULTS.read_text())
-    for name, counts in (result["kernels"] | result["other_kernels"] | result["attention_kernels"]).items():
+    ours = ("kernels", "other_kernels", "attention_kernels", "maxsim_kernels")
+    for name, counts in {k: v for table in ours for k, v in result[table].items()}.items():
         kernel, objective, _, target = name.split("/")
         cell = budgets.setdefault(f"{kernel}/{objective}", {}).setdefault(target, [0, 0])
         cell[0], cell[1] = max(cell[0], -(-counts["registers"] // 8) * 8), max(cell[1], counts["shared"])
@@ -471,8 +500,9 @@ def main() -> int:
     others = run_others(**(few if arguments.reduced else {}))
     few = {"dtypes": ("bf16",), "variants": ("biased",)}
     attention = run_attention(**(few if arguments.reduced else {}))
-    show(table | others | attention)
-    over = exceeded(table | others | attention)
+    scores = run_maxsim(**({"dtypes": ("bf16",)} if arguments.reduced else {}))
+    show(table | others | attention | scores)
+    over = exceeded(table | others | attention | scores)
     print("\n".join(over) or "within budgets.json")
     if arguments.check:
         return bool(over)
@@ -488,7 +518,7 @@ def main() -> int:
         "vocabularies": VOCABULARIES,
         "tile": TILE, "other_threads": adamw_triton.THREADS,
         "kernels": table, "ragged_kernels": ragged, "peer_kernels": peer_table, "other_kernels": others,
-        "attention_kernels": attention,
+        "attention_kernels": attention, "maxsim_kernels": scores,
     }  # fmt: skip
     if arguments.json == "-":
         print(json.dumps(result))

@@ -12,6 +12,7 @@ from .ops.farthest_frames import coverage_radius, farthest_frames
 from .ops.linear_loss import linear_loss
 from .ops.linear_stats import linear_stats
 from .ops.lora import LoRAHead
+from .ops.maxsim import maxsim
 from .ops.row_loss import implied_target, row_loss
 from .ops.selected_attention import AttentionOutput, attention_certificate, merge_attention, selected_attention
 from .ops.sinks import HostSink
@@ -22,6 +23,6 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionOutput", "AttentionProbe", "ChunkAdamW", "HostSink", "LoRAHead", "Objective", "RowStats", "Teacher",
     "attention_certificate", "attention_entropy", "chunkft", "coverage_radius", "farthest_frames", "implied_target",
-    "linear_loss", "linear_stats", "merge_attention", "objective", "objectives", "row_loss", "selected_attention",
-    "tokens",
+    "linear_loss", "linear_stats", "maxsim", "merge_attention", "objective", "objectives", "row_loss",
+    "selected_attention", "tokens",
 ]  # fmt: skip

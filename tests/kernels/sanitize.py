@@ -2,8 +2,8 @@
 
     python tests/kernels/sanitize.py fold jsd grad adamw segment_sum
     python tests/kernels/sanitize.py broken-load broken-store broken-fold       # the harness at work
-    python tests/kernels/sanitize.py attention probe farthest
-    python tests/kernels/sanitize.py broken-adamw broken-segment_sum broken-attention
+    python tests/kernels/sanitize.py attention probe farthest maxsim
+    python tests/kernels/sanitize.py broken-adamw broken-segment_sum broken-attention broken-maxsim
 
 A process of its own: triton-viz rewrites the interpreter, and reads its settings on import.
 """
@@ -21,6 +21,7 @@ os.environ.setdefault("ENABLE_SANITIZER", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import attention_problems
+import maxsim_problems
 import numpy as np
 import torch
 import triton
@@ -35,6 +36,7 @@ from burnish.kernels import (
     adamw_triton,
     attention_triton,
     farthest_triton,
+    maxsim_triton,
     probe_triton,
     rows_triton,
     segment_sum_triton,
@@ -114,7 +116,7 @@ def run(what: str) -> None:
     broken, what = what.startswith("broken-"), what.removeprefix("broken-")
     others = {
         "adamw": run_adamw, "segment_sum": run_segment_sum, "attention": run_attention, "probe": run_probe,
-        "farthest": run_farthest,
+        "farthest": run_farthest, "maxsim": run_maxsim,
     }  # fmt: skip
     if what in others:
         return others[what](broken)
@@ -233,6 +235,23 @@ def run_farthest(broken: bool) -> None:
         with allocated() as made, bounded(made, distances):
             farthest_triton.farthest(distances, n, n - 1)
         launches.append("farthest")
+
+
+def run_maxsim(broken: bool) -> None:
+    """Ragged blocks, padding and holes, rows of any stride; or a place beyond the last token of the last document."""
+    cut = mock.patch.object(maxsim_triton, "blocks", lambda *_: {"BM": 16, "BN": 16, "BK": 16})
+    for shape in (*maxsim_problems.SHAPES, *maxsim_problems.EDGES):
+        p = maxsim_problems.problem(shape).to(torch.float32)
+        # the kernels read bytes of masks, and ends that the launcher makes: kept as they are made
+        ends, real = [], maxsim_triton._ends
+        kept = mock.patch.object(maxsim_triton, "_ends", lambda m, e=ends, r=real: e.append(r(m)) or e[-1])
+        full = mock.patch.object(torch, "full", lambda *a, e=ends, r=torch.full, **k: e.append(r(*a, **k)) or e[-1])
+        with cut, kept, full, allocated() as made, bounded(made, ends, *vars(p).values()):
+            _, arg = maxsim_triton.forward(*p.operands, keep=True)
+            if broken and arg.numel():
+                arg.view(-1)[-1] = shape[3] * shape[2] + 1
+            maxsim_triton.backward(p.queries, p.documents, arg, p.upstream, wanted=(True, True))
+        launches.append("maxsim")
 
 
 if __name__ == "__main__":

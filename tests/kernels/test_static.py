@@ -37,10 +37,14 @@ def test_all_kernels_compile_for_all_targets(compiled):
     names = {tuple(name.split("/")[::3]) for name in compiled["attention_kernels"]}
     attention = ("attention_forward", "attention_dq", "attention_dkv", "attention_probe", "farthest")
     assert names == {(kernel, target) for kernel in attention for target in targets}
+    names = {tuple(name.split("/")[::3]) for name in compiled["maxsim_kernels"]}
+    maxsim = ("maxsim_forward", "maxsim_d_queries", "maxsim_d_documents")
+    assert names == {(kernel, target) for kernel in maxsim for target in targets}
 
 
 def ours(result):
-    return result["kernels"] | result["other_kernels"] | result["attention_kernels"]
+    parts = ("kernels", "other_kernels", "attention_kernels", "maxsim_kernels")
+    return {name: counts for part in parts for name, counts in result[part].items()}
 
 
 def test_nothing_spills(compiled):
