@@ -1,0 +1,118 @@
+"""Questions and solved problems: what they are, their names, and the JSONL files that hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from .leaks import normalise
+
+
+@dataclass(frozen=True)
+class Document:
+    """A solved problem.  ``type`` is its coarse kind ("algebra"), None where unknown."""
+
+    id: str
+    problem: str
+    trace: str
+    type: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What a retriever reads: problem and trace."""
+        return f"{self.problem}\n{self.trace}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question to label, or to train a retriever on; ``row`` is the whole row it came in, for judges and rewards."""
+
+    id: str
+    text: str
+    answer: str | None = None
+    type: str | None = None
+    row: Mapping = field(default_factory=dict, compare=False, repr=False)
+
+
+def name_of(text: str) -> str:
+    """16 hex digits of a text's normal form: the same in any order and in any file."""
+    return hashlib.sha256(normalise(text).encode()).hexdigest()[:16]
+
+
+def as_corpus(rows: Iterable[Mapping | Document]) -> list[Document]:
+    """Documents of rows with ``problem`` and ``trace``, perhaps ``type`` and ``id``; equal problems once, the first.
+
+    ValueError for an empty corpus, a missing column, a value that is no text, or one id for two problems.
+    """
+    found: dict[str, Document] = {}
+    for i, row in enumerate(rows):
+        if not isinstance(row, Document):
+            for column in ("problem", "trace"):
+                if column not in row:
+                    raise ValueError(f"corpus row {i}: no column {column!r}; got {', '.join(sorted(row)) or 'nothing'}")
+                if not isinstance(row[column], str) or not row[column].strip():
+                    raise ValueError(f"corpus row {i}: {column!r} must be a text; got {row[column]!r}")
+            kind = row.get("type")
+            row = Document(str(row.get("id") or name_of(row["problem"])), row["problem"], row["trace"],
+                           None if kind is None else str(kind))  # fmt: skip
+        before = found.setdefault(row.id, row)
+        if normalise(before.problem) != normalise(row.problem):
+            raise ValueError(f"corpus row {i}: id {row.id!r} is that of another problem")
+    if not found:
+        raise ValueError("the corpus is empty")
+    return list(found.values())
+
+
+def as_questions(rows: Iterable[Mapping | Question], column: str = "prompt") -> list[Question]:
+    """Questions of a dataset's rows: the text of ``column`` (a string, or messages), ``answer``, ``type``; equal once.
+
+    ValueError for no rows and for a missing column.
+    """
+    found: dict[str, Question] = {}
+    for i, row in enumerate(rows):
+        if not isinstance(row, Question):
+            if column not in row:
+                raise ValueError(f"question row {i}: no column {column!r}; got {', '.join(sorted(row)) or 'nothing'}")
+            text = text_of(row[column])
+            answer, kind = row.get("answer"), row.get("type")
+            row = Question(
+                str(row.get("id") or name_of(text)), text, None if answer is None else str(answer),
+                None if kind is None else str(kind), row,
+            )  # fmt: skip
+        found.setdefault(row.id, row)
+    if not found:
+        raise ValueError("there are no questions")
+    return list(found.values())
+
+
+def text_of(prompt: str | Sequence[Mapping]) -> str:
+    """The question in a prompt: itself, or its last user message.  ValueError where there is none."""
+    if isinstance(prompt, str):
+        return prompt
+    for message in reversed(list(prompt)):
+        if message.get("role") == "user" and isinstance(message.get("content"), str):
+            return message["content"]
+    raise ValueError(f"a prompt must be a text, or messages with a user's text; got {prompt!r:.200}")
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """Objects of a JSONL file.  ValueError, beginning "FILE:LINE: ", for a malformed line; OSError for no file."""
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: a row must be a JSON object; got {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def write_corpus(path: Path, corpus: Sequence[Document]) -> None:
+    path.write_text("".join(json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in corpus))

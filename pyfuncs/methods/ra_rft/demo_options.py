@@ -1,0 +1,34 @@
+"""The options of ``burnish demo ra-rft``, apart from it so that the command line need not import a trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RARFTDemoOptions:
+    """What ``burnish demo ra-rft`` runs; the defaults are the toy of the specification."""
+
+    seeds: int = 5
+    steps: int = 150
+    prompts: int = 32
+    generations: int = 16
+    learning_rate: float = 1e-3
+    corpus: int = 400
+    problems: int = 512
+    base_steps: int = 1500
+    seed: int = 0
+    output: str = "runs/demo-ra-rft"
+
+    def check(self) -> RARFTDemoOptions:
+        """Itself; ValueError for a value that cannot be."""
+        for name in ("seeds", "steps", "prompts", "corpus", "problems", "base_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
+        if self.generations < 2:
+            raise ValueError(f"generations must be at least 2; got {self.generations}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning-rate must be > 0; got {self.learning_rate}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0; got {self.seed}")
+        return self
