@@ -22,6 +22,8 @@ from .methods.drift import options as drift_options
 from .methods.drift.demo_options import DriftDemoOptions
 from .methods.options import add_flags, assignments, given_flags
 from .methods.processes import leave_it_to_the_first, speaks
+from .methods.ra_rft import options as ra_rft_options
+from .methods.ra_rft.demo_options import RARFTDemoOptions
 
 #: Commands of a package of methods/ each, with ``options``, ``run`` and ``demo``: help; whose fields --set takes; the
 #: extras that it needs; its options, its demo's help and options.
@@ -33,6 +35,10 @@ _METHODS = {
     "axpo": (
         "GRPO that tries failed tool calls again (AXPO)", "trl.GRPOConfig", "train",
         axpo_options, "a toy with a tool: GRPO and AXPO", AXPODemoOptions,
+    ),
+    "ra-rft": (
+        "GRPO on prompts with retrieved solved problems (RA-RFT)", "trl.GRPOConfig", "retrieval",
+        ra_rft_options, "a toy with a hidden rule: GRPO with and without retrieval", RARFTDemoOptions,
     ),
 }  # fmt: skip
 

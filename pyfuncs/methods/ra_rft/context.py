@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .corpus import Document, text_of
-
-if TYPE_CHECKING:
-    from .retriever import Retriever
+from .corpus import Document, Searcher, text_of
 
 #: Columns that ``with_context`` adds.
 CONTEXT_IDS, CONTEXT_SCORES = "context_ids", "context_scores"
@@ -64,14 +61,14 @@ def contextual(prompt: Any, documents: Sequence[Document], template: Template | 
 
 
 def with_context(
-    dataset, retriever: Retriever, k: int = 1, template: Template | None = None, *, column: str = "prompt",
+    dataset, retriever: Searcher, k: int = 1, template: Template | None = None, *, column: str = "prompt",
     progress: bool = False,
 ):  # fmt: skip
     """A dataset whose prompts show the k solved problems that the retriever finds for their questions.
 
     Args:
         dataset: a ``datasets.Dataset`` with a column of prompts, texts or lists of messages.
-        retriever: a ``Retriever``; its guard keeps a question's own problem from it.
+        retriever: a ``Retriever``, whose guard keeps a question's own problem from it, or another ``Searcher``.
         k: documents a prompt, at most.  With 0, or where none is left, a prompt stays as it is, to the byte.
         template: a ``Template``.
         column: of the prompts.
@@ -98,7 +95,7 @@ def with_context(
     else:
         hits = [[] for _ in prompts]
     rewritten = [
-        contextual(p, [retriever.corpus[h.index] for h in row], template) for p, row in zip(prompts, hits, strict=True)
+        contextual(p, [retriever.corpus[h.place] for h in row], template) for p, row in zip(prompts, hits, strict=True)
     ]
     features = dataset.features.copy()
     features[CONTEXT_IDS], features[CONTEXT_SCORES] = List(Value("string")), List(Value("float32"))

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from .leaks import normalise
 
@@ -35,6 +36,23 @@ class Question:
     answer: str | None = None
     type: str | None = None
     row: Mapping = field(default_factory=dict, compare=False, repr=False)
+
+
+class Hit(NamedTuple):
+    """A document that was found: its place in the corpus, its id and its score."""
+
+    place: int
+    id: str
+    score: float
+
+
+class Searcher(Protocol):
+    """What ``with_context`` asks of a retriever."""
+
+    corpus: list[Document]
+
+    def search(self, questions: list[str], k: int = 1, *, progress: bool = False) -> list[list[Hit]]:
+        """At most k documents of each question, best first."""
 
 
 def name_of(text: str) -> str:

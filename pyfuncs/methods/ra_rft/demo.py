@@ -15,6 +15,7 @@ import math
 import random
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,14 +25,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .context import Template, with_context
-from .corpus import Document
+from .corpus import Document, Hit, Searcher
 from .demo_options import RARFTDemoOptions
 from .infonce import infonce
 from .leaks import LeakGuard
-from .retriever import Hit, recall_at
+from .retriever import recall_at
 
 TOPICS, STRUCTURES, BASE, COPIES = 8, 5, 7, 0.35
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: (a + b) % BASE, "sub": lambda a, b: (a - b) % BASE, "mul": lambda a, b: a * b % BASE,
     "max": max,
 }  # fmt: skip
@@ -137,7 +138,7 @@ def base_model(steps: int, seed: int, batch: int = 256) -> LlamaForCausalLM:
     """Two layers of 64, taught to apply a named operation, and to copy one it is shown 35 times in 100."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(_WORDS), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(_WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=32, pad_token_id=0, bos_token_id=None, eos_token_id=1,
     ))  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
@@ -198,7 +199,7 @@ def train_towers(toy: Toy, corpus: list[Document], seed: int, steps: int = 300, 
     return towers
 
 
-def solved(completions, answer, **_) -> list[float]:
+def solved(completions, answer, **_) -> list[float | None]:
     """1 where a completion's last word is the answer."""
     return [float(c.split()[-1:] == [a]) for c, a in zip(completions, answer, strict=True)]
 
@@ -234,13 +235,13 @@ def one_seed(options: RARFTDemoOptions, base: LlamaForCausalLM, seed: int) -> di
     named = [d.trace.split()[0] for d in corpus]
     same = [{i for i, n in enumerate(named) if n == row["operation"]} for row in test]
 
-    def recall(retriever) -> float:
-        found = [[h.index for h in row] for row in retriever.search(list(test["prompt"]))]
+    def recall(retriever: Searcher) -> float:
+        found = [[h.place for h in row] for row in retriever.search(list(test["prompt"]))]
         return recall_at(found, same, (1,))["recall@1"]
 
-    plain, shown, drawn = (
-        list(x["prompt"]) for x in (test, *(with_context(test, r, template=TEMPLATE) for r in (nearest, chance)))
-    )
+    searchers: tuple[Searcher, ...] = (nearest, chance)
+    shown, drawn = (list(with_context(test, r, template=TEMPLATE)["prompt"]) for r in searchers)
+    plain = list(test["prompt"])
     answers = list(test["answer"])
     arms = {"base": accuracy(base, plain, answers), "base_context": accuracy(base, shown, answers)}
     rewards = {}

@@ -16,7 +16,7 @@ class RARFTDemoOptions:
     learning_rate: float = 1e-3
     corpus: int = 400
     problems: int = 512
-    base_steps: int = 1500
+    base_steps: int = 1200
     seed: int = 0
     output: str = "runs/demo-ra-rft"
 

@@ -14,7 +14,7 @@ import torch
 from .context import Template
 from .corpus import Document, Question, as_corpus, as_questions, read_rows
 from .leaks import LeakGuard
-from .rewards import checked
+from .rewards import BadData, checked
 
 
 class Verdict(NamedTuple):
@@ -71,7 +71,7 @@ def build_labels(
             and not (same_type and None not in (question.type, document.type) and question.type != document.type)
         ]  # fmt: skip
     if not pairs:
-        raise ValueError("there is no pair of a question and a document to label: types or guards exclude them all")
+        raise BadData("there is no pair of a question and a document to label: types or guards exclude them all")
     path = Path(path)
     done = _done(path)
     known = {(q.id, d.id) for q, d in pairs}
@@ -112,7 +112,7 @@ def _done(path: Path) -> dict[tuple[str, str], dict]:
 def _verdict(found) -> dict:
     label, about = (found.label, dict(found.about)) if isinstance(found, Verdict) else (found, {})
     if not isinstance(label, bool):
-        raise ValueError(f"a judge must return a bool or a Verdict; got {found!r:.200}")
+        raise BadData(f"a judge must return a bool or a Verdict; got {found!r:.200}")
     return {"label": label, **about}
 
 
@@ -150,14 +150,15 @@ def rollout_benefit(
         text = shown(question.text, documents)
         prompt: Any = [{"role": "user", "content": text}] if tokenizer.chat_template else text
         name = "/".join([str(seed), question.id, *(d.id for d in documents)])
-        completions = _sample(model, tokenizer, prompt, samples, max_new_tokens, temperature, name)
+        texts = _sample(model, tokenizer, prompt, samples, max_new_tokens, temperature, name)
+        completions: list[Any] = list(texts)
         columns = {k: [v] * samples for k, v in question.row.items() if k not in ("prompt", "completion", "prompts")}
         columns.setdefault("answer", [question.answer] * samples)
         if not isinstance(prompt, str):
-            completions = [[{"role": "assistant", "content": c}] for c in completions]
+            completions = [[{"role": "assistant", "content": c}] for c in texts]
         values = [v for v in reward(prompts=[prompt] * samples, completions=completions, **columns) if v is not None]
         if not values:
-            raise ValueError(f"the reward applies to no completion of question {question.id!r}")
+            raise BadData(f"the reward applies to no completion of question {question.id!r}")
         return sum(values) / len(values)
 
     def judge(question: Question, document: Document) -> Verdict:

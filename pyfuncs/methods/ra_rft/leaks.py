@@ -75,7 +75,8 @@ class LeakGuard:
 
     def filter(self, corpus: Sequence[Document]) -> tuple[list[Document], list[Document]]:
         """(kept, dropped) documents: dropped is what overlaps with a benchmark, in its problem or its trace."""
-        kept, dropped = [], []
+        kept: list[Document] = []
+        dropped: list[Document] = []
         for document in corpus:
             leaks = any(self._benchmarks.overlapping(t) for t in (document.problem, document.trace))
             (dropped if leaks else kept).append(document)

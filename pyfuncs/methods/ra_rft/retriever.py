@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +18,10 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
 
 from ...ops.maxsim import maxsim
-from .corpus import Document, Question, as_corpus, read_rows, write_corpus
+from .corpus import Document, Hit, Question, as_corpus, read_rows, write_corpus
 from .infonce import check_options, gather, infonce
 from .leaks import LeakGuard
+from .rewards import BadData
 
 PACKAGED = "minilm"
 #: Documents scored at once by late interaction.
@@ -47,6 +48,10 @@ class Embedded(NamedTuple):
 
     vectors: Tensor
     mask: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Embedded:
+        """The same of both."""
+        return Embedded(change(self.vectors), None if self.mask is None else change(self.mask))
 
 
 def embed(model: nn.Module, features: Mapping[str, Any], late_interaction: bool) -> Embedded:
@@ -95,10 +100,11 @@ class InfoNCELoss(nn.Module):
             raise ValueError(f"token_reduction must be 'mean' or 'sum'; got {token_reduction!r}")
         self.model, self.documents, self.multi_positive = model, documents, multi_positive
         self.late_interaction, self.token_reduction = late_interaction, token_reduction
-        self.options = {
+        self.options: dict[str, Any] = {
             "temperature": temperature, "over_positives": over_positives, "mask_other_positives": mask_other_positives,
         }  # fmt: skip
         pairs = torch.tensor([q * documents + c for q, c in positives], dtype=torch.int64).unique()
+        self.pairs: Tensor
         self.register_buffer("pairs", pairs, persistent=False)
 
     def forward(self, features: Sequence[Mapping[str, Any]], labels: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ class InfoNCELoss(nn.Module):
     def of_embeddings(self, queries: Embedded, documents: Embedded, labels: Tensor) -> Tensor:
         """The loss of a process's rows (B, 2)."""
         every = gather(labels)
-        documents = Embedded(*(x if x is None else gather(x) for x in documents))
+        documents = documents.each(gather)
         if not self.multi_positive:
             mine = torch.arange(len(labels), device=labels.device) + _rows_before(labels)
             positives = mine[:, None] == torch.arange(len(every), device=labels.device)
@@ -117,8 +123,8 @@ class InfoNCELoss(nn.Module):
         # the first row of each question and of each document, over all processes
         keep = _first(every[:, 0])[_rows_before(labels) :][: len(labels)]
         columns = _first(every[:, 1])
-        documents = Embedded(*(x if x is None else x[columns] for x in documents))
-        queries = Embedded(*(x if x is None else x[keep] for x in queries))
+        documents = documents.each(lambda x: x[columns])
+        queries = queries.each(lambda x: x[keep])
         pair = labels[keep, :1] * self.documents + every[columns, 1]
         positives = torch.isin(pair, self.pairs)
         loss = infonce(similarity(queries, documents, self.token_reduction), positives, **self.options)
@@ -157,14 +163,6 @@ def recall_at(
     counted = [(list(f), p) for f, p in zip(found, positives, strict=True) if p]
     hits = {k: sum(bool(p.intersection(f[:k])) for f, p in counted) for k in ks}
     return {f"recall@{k}": hits[k] / len(counted) if counted else float("nan") for k in ks}
-
-
-class Hit(NamedTuple):
-    """A document that was found: its place in the corpus, its id and score."""
-
-    index: int
-    id: str
-    score: float
 
 
 class Retriever:
@@ -245,7 +243,7 @@ class Retriever:
         """``recall_at`` of questions, given the ids of each one's positives."""
         hits = self.search([q.text for q in questions], max(ks))
         wanted = [{self.place[d] for d in positives.get(q.id, ()) if d in self.place} for q in questions]
-        return recall_at([[h.index for h in row] for row in hits], wanted, ks)
+        return recall_at([[h.place for h in row] for row in hits], wanted, ks)
 
     def save(self, folder: str | Path) -> None:
         """Model, corpus and embeddings; the folder is there whole or not at all."""
@@ -365,8 +363,12 @@ class RetrieverTrainer(SentenceTransformerTrainer):
             tested = {asked[order[0]]}
         rows = [(q, c) for q, c in pairs if q not in tested]
         if not rows:
-            raise ValueError("no label is positive: there is nothing to train the retriever on")
-        self.retrieval = {"late_interaction": late_interaction, "token_reduction": token_reduction, "guard": guard}
+            raise BadData("no label is positive: there is nothing to train the retriever on")
+        self.retrieval: dict[str, Any] = {
+            "late_interaction": late_interaction,
+            "token_reduction": token_reduction,
+            "guard": guard,
+        }
         self.corpus = kept
         #: Questions that are evaluated on.
         self.held_out = [questions[q] for q in sorted(tested)]

@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 
 
+class BadData(ValueError):
+    """What a judge, a reward or labels turn out to be once a run is under way."""
+
+
 def checked(reward: Callable) -> Callable:
     """A reward function f(prompts, completions, **columns) whose list is checked at each call.
 
@@ -20,7 +24,7 @@ def checked(reward: Callable) -> Callable:
         values = reward(*args, **kwargs)
         wanted = len(kwargs.get("completions", args[1] if len(args) > 1 else values))
         if not hasattr(values, "__len__") or len(values) != wanted:
-            raise ValueError(f"reward {name} must return a list of {wanted} numbers; got {values!r:.200}")
+            raise BadData(f"reward {name} must return a list of {wanted} numbers; got {values!r:.200}")
         return [_number(name, v) for v in values]
 
     call.__name__ = name
@@ -33,7 +37,7 @@ def _number(name: str, value):
     if hasattr(value, "item"):  # a scalar of torch or NumPy
         value = value.item()
     if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"reward {name} must return finite numbers; got {value!r}")
+        raise BadData(f"reward {name} must return finite numbers; got {value!r}")
     return float(value)
 
 

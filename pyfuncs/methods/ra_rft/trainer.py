@@ -8,7 +8,7 @@ from typing import Any
 from trl import GRPOTrainer
 
 from .context import CONTEXT_IDS, CONTEXT_SCORES, Template, with_context
-from .retriever import Retriever
+from .corpus import Searcher
 from .rewards import checked
 
 #: A column of document ids that are known to help, from which recall@k is logged.
@@ -29,7 +29,7 @@ class RARFTTrainer(GRPOTrainer):
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, ...: as TRL's GRPOTrainer.  Rewards written in Python
             must return a finite number, or None, for each completion.
-        retriever: a ``Retriever``; None where the data has been through ``with_context`` already.
+        retriever: a ``Retriever`` or another ``Searcher``; None where the data has been through ``with_context``.
         k: documents a prompt, 1 as in the paper.
         template: a ``Template``; use the same at inference.
 
@@ -46,7 +46,7 @@ class RARFTTrainer(GRPOTrainer):
 
     def __init__(
         self, model, reward_funcs, args=None, train_dataset=None, eval_dataset=None, *,
-        retriever: Retriever | None = None, k: int = 1, template: Template | None = None, **options,
+        retriever: Searcher | None = None, k: int = 1, template: Template | None = None, **options,
     ):  # fmt: skip
         for name in ("rollout_func", "environment_factory"):
             if options.get(name) is not None:

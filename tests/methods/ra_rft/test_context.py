@@ -5,8 +5,7 @@ from datasets import Dataset, IterableDataset
 
 from burnish.methods.ra_rft import Template, with_context
 from burnish.methods.ra_rft.context import contextual
-from burnish.methods.ra_rft.corpus import as_corpus
-from burnish.methods.ra_rft.retriever import Hit
+from burnish.methods.ra_rft.corpus import Hit, as_corpus
 
 
 class Shelf:

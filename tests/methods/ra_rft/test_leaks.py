@@ -54,14 +54,14 @@ def test_r12_the_question_itself_is_never_found_and_r1_of_the_identity_is_1(enco
     texts = [d.text for d in documents]
     # without the guard's rule, documents are found by their own text: recall@1 of the identity is 1
     found = Retriever(encoder, documents).search(texts, 3)
-    assert [row[0].index for row in found] == [0, 1, 2] and all(abs(row[0].score - 1) < 1e-5 for row in found)
+    assert [row[0].place for row in found] == [0, 1, 2] and all(abs(row[0].score - 1) < 1e-5 for row in found)
     for late in (False, True):
         retriever = Retriever(encoder, documents, late_interaction=late)
         for i, row in enumerate(retriever.search([f"  {d.problem.upper()}?" for d in documents], 3)):
-            assert len(row) == 2 and i not in [h.index for h in row]
+            assert len(row) == 2 and i not in [h.place for h in row]
         assert [len(row) for row in retriever.search(["add 5 and 2"], 9)] == [3]
     strict = Retriever(encoder, documents, guard=LeakGuard(n=3, ngrams_of_questions=True))
-    assert {h.index for h in strict.search(["add 1 and 9"], 3)[0]} == {1, 2}
+    assert {h.place for h in strict.search(["add 1 and 9"], 3)[0]} == {1, 2}
 
 
 def test_an_empty_corpus_is_an_error(encoder):
