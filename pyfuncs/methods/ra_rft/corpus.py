@@ -87,23 +87,29 @@ def as_corpus(rows: Iterable[Mapping | Document]) -> list[Document]:
 def as_questions(rows: Iterable[Mapping | Question], column: str = "prompt") -> list[Question]:
     """Questions of a dataset's rows: the text of ``column`` (a string, or messages), ``answer``, ``type``; equal once.
 
-    ValueError for no rows and for a missing column.
+    ValueError for no rows, a missing column, or one id for two questions.
     """
     found: dict[str, Question] = {}
     for i, row in enumerate(rows):
         if not isinstance(row, Question):
             if column not in row:
                 raise ValueError(f"question row {i}: no column {column!r}; got {', '.join(sorted(row)) or 'nothing'}")
-            text = text_of(row[column])
             answer, kind = row.get("answer"), row.get("type")
             row = Question(
-                str(row.get("id") or name_of(text)), text, None if answer is None else str(answer),
+                question_id(row, column), text_of(row[column]), None if answer is None else str(answer),
                 None if kind is None else str(kind), row,
             )  # fmt: skip
-        found.setdefault(row.id, row)
+        before = found.setdefault(row.id, row)
+        if normalise(before.text) != normalise(row.text):
+            raise ValueError(f"question row {i}: id {row.id!r} is that of another question")
     if not found:
         raise ValueError("there are no questions")
     return list(found.values())
+
+
+def question_id(row: Mapping, column: str = "prompt") -> str:
+    """The name of a row's question: its ``id``, or that of its text."""
+    return str(row.get("id") or name_of(text_of(row[column])))
 
 
 def text_of(prompt: str | Sequence[Mapping]) -> str:

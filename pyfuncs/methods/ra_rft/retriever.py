@@ -24,7 +24,7 @@ from .leaks import LeakGuard
 from .rewards import BadData
 
 PACKAGED = "minilm"
-#: Documents scored at once by late interaction.
+#: Questions searched at once, and documents that late interaction scores at once.
 _BLOCK = 256
 
 
@@ -211,9 +211,9 @@ class Retriever:
         return self._index
 
     @torch.no_grad()
-    def scores(self, questions: Sequence[str], *, progress: bool = False) -> Tensor:
+    def scores(self, questions: Sequence[str]) -> Tensor:
         """(questions, documents), nothing blocked."""
-        index, asked = self.index(progress=progress), self.encode(questions, progress=progress)
+        index, asked = self.index(), self.encode(questions)
         if not self.late_interaction:
             return asked["vectors"] @ index["vectors"].T
         queries, parts = _padded(asked, 0, len(questions)), []
@@ -224,18 +224,27 @@ class Retriever:
 
     def search(self, questions: Sequence[str], k: int = 1, *, progress: bool = False) -> list[list[Hit]]:
         """The k best documents of each question, best first; fewer where the guard leaves fewer.  Ties: the first."""
+        from tqdm.auto import tqdm
+
         if k < 1:
             raise ValueError(f"k must be at least 1; got {k}")
-        if not questions:
-            return []
-        scores = self.scores(questions, progress=progress)
-        for row, question in enumerate(questions):
-            scores[row, list(self._guard.blocked(question))] = -torch.inf
-        order = scores.sort(dim=1, descending=True, stable=True)
-        return [
-            [Hit(i, self.corpus[i].id, s) for i, s in zip(index[:k], value[:k], strict=True) if s != -torch.inf]
-            for index, value in zip(order.indices.tolist(), order.values.tolist(), strict=True)
-        ]
+        if questions:
+            self.index(progress=progress)
+        found: list[list[Hit]] = []
+        bar = tqdm(total=len(questions), desc="retrieval", unit="question", disable=not progress)
+        for start in range(0, len(questions), _BLOCK):
+            some = questions[start : start + _BLOCK]
+            scores = self.scores(some)
+            for row, question in enumerate(some):
+                scores[row, list(self._guard.blocked(question))] = -torch.inf
+            values, places = (x[:, :k].tolist() for x in scores.sort(dim=1, descending=True, stable=True))
+            found += [
+                [Hit(i, self.corpus[i].id, s) for i, s in zip(*row, strict=True) if s != -torch.inf]
+                for row in zip(places, values, strict=True)
+            ]
+            bar.update(len(some))
+        bar.close()
+        return found
 
     def recall(
         self, questions: Sequence[Question], positives: Mapping[str, set[str]], ks: Sequence[int] = (1, 5, 10)

@@ -22,7 +22,7 @@ from ..data import TASK_PREFIX, TaskData, load_data, prompt
 from ..models import check_model_name, load_model, load_tokenizer
 from ..processes import world_size
 from ..run_directory import RunDirectory, note, quiet_bars, trainer_arguments
-from .corpus import Document, as_corpus, as_questions, read_rows, text_of
+from .corpus import Document, as_corpus, as_questions, question_id, read_rows, text_of
 from .labels import build_labels, write_whole
 from .leaks import LeakGuard
 from .options import OWN_FIELDS
@@ -188,8 +188,7 @@ def _write_contexts(made: Prepared, retriever, path: Path) -> None:
     for row in read_rows(labels) if labels.exists() else ():
         if row["label"]:
             positives.setdefault(row["question"], []).append(row["document"])
-    names = {q.text: q.id for q in as_questions(made.rows)}
-    rows = [{**row, "positive_ids": positives.get(names[text_of(row["prompt"])], [])} for row in made.rows]
+    rows = [{**row, "positive_ids": positives.get(question_id(row), [])} for row in made.rows]
     data = with_context(Dataset.from_list(rows), retriever, made.options["k"], progress=True)
     write_whole(path, "".join(json.dumps(row) + "\n" for row in data.to_list()))
 

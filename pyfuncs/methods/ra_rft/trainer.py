@@ -33,9 +33,9 @@ class RARFTTrainer(GRPOTrainer):
         k: documents a prompt, 1 as in the paper.
         template: a ``Template``; use the same at inference.
 
-    Columns ``context_ids`` and ``context_scores`` stay in the data and reach reward functions.  In the log, of each
-    batch: ``retrieval/with_context``, the share of prompts that have one; ``retrieval/score``, mean of their first
-    scores; ``retrieval/distinct``, different first documents a prompt; and where the data has a column
+    Columns ``context_ids`` and ``context_scores`` stay in the data and reach reward functions.  In the log, of the
+    first process's rows: ``retrieval/with_context``, the share of prompts that have one; ``retrieval/score``, mean of their
+    first scores; ``retrieval/distinct``, different first documents a prompt; and where the data has a column
     ``positive_ids``, ``retrieval/recall@k`` over prompts that have a positive.
 
     Raises ValueError or TypeError naming what is not supported: an IterableDataset, an environment or a rollout
@@ -51,6 +51,8 @@ class RARFTTrainer(GRPOTrainer):
         for name in ("rollout_func", "environment_factory"):
             if options.get(name) is not None:
                 raise ValueError(f"RARFTTrainer does not support {name}: it would make prompts without their contexts")
+        if getattr(args, "remove_unused_columns", False):
+            raise ValueError("RARFTTrainer does not support remove_unused_columns=True: it reads the retrieved ids")
         if k < 1:
             raise ValueError(f"k must be at least 1; got {k}")
         if train_dataset is None:

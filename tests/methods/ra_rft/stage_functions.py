@@ -17,6 +17,10 @@ def same_word(question, document) -> bool:
     return question.text.split()[0] == document.trace.split()[0]
 
 
+def never(question, document) -> bool:
+    return False
+
+
 def length(completions, **_):
     count("reward")
     return [float(len(set(c))) for c in completions]

@@ -223,6 +223,7 @@ def test_data_that_has_its_contexts_already(tmp_path, model_folder):
         (ValueError, "rollout_func", {"rollout_func": lambda p, t: {}}),
         (ValueError, "environment_factory", {"environment_factory": object}),
         (ValueError, "k must", {"k": 0}),
+        (ValueError, "remove_unused_columns", {"remove_unused_columns": True}),
         (ValueError, "train_dataset is required", {"train_dataset": None}),
         (
             TypeError,
@@ -240,7 +241,9 @@ def test_data_that_has_its_contexts_already(tmp_path, model_folder):
 def test_what_is_not_supported_is_an_error(tmp_path, model_folder, error, match, options):
     given = {"train_dataset": Dataset.from_dict({"prompt": ["x"]}), "retriever": shelf(), **options}
     with pytest.raises(error, match=match):
-        RARFTTrainer(model_folder, digits, GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), **given)
+        config = {k: given.pop(k) for k in ("remove_unused_columns",) if k in given}
+        arguments = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **config)
+        RARFTTrainer(model_folder, digits, arguments, **given)
 
 
 @pytest.mark.parametrize("value", ["yes", float("nan")])
