@@ -34,8 +34,8 @@ class RARFTTrainer(GRPOTrainer):
         template: a ``Template``; use the same at inference.
 
     Columns ``context_ids`` and ``context_scores`` stay in the data and reach reward functions.  In the log, of the
-    first process's rows: ``retrieval/with_context``, the share of prompts that have one; ``retrieval/score``, mean of their
-    first scores; ``retrieval/distinct``, different first documents a prompt; and where the data has a column
+    first process's rows: ``retrieval/with_context``, the share of prompts that have one; ``retrieval/score``, mean of
+    their first scores; ``retrieval/distinct``, different first documents a prompt; and where the data has a column
     ``positive_ids``, ``retrieval/recall@k`` over prompts that have a positive.
 
     Raises ValueError or TypeError naming what is not supported: an IterableDataset, an environment or a rollout
