@@ -91,7 +91,7 @@ def table(result: dict) -> str:
     """The rows as a table of Markdown."""
     lines = [
         f"{result['machine']}, {result['threads']} thread(s), torch {result['torch']}; fp32. x product: time over that "
-        "of the one matrix product (Q Lq, d) x (d, D Ld). MiB: peak beside the operands, both passes, gradients included.",
+        "of the one product (Q Lq, d) x (d, D Ld). MiB: peak beside the operands, both passes, gradients included.",
         "",
         "| Q x Lq, D x Ld, d | | search, x product | forward, x product | both, x product | MiB | error |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -163,7 +163,7 @@ def test_the_demo_in_small(tmp_path, capsys):
     small = {"seeds": 2, "steps": 2, "prompts": 4, "generations": 4, "corpus": 60, "problems": 16, "base_steps": 4}
     flags = [x for k, v in small.items() for x in (f"--{k.replace('_', '-')}", str(v))]
     assert main(["demo", "ra-rft", *flags, "--output", str(tmp_path)]) == 0
-    from burnish.methods.ra_rft import demo
+    from burnish.methods.ra_rft import demo_report as demo
 
     results = json.loads((tmp_path / "results.json").read_text())
     assert (tmp_path / "curves.png").exists() and demo.table(results) in capsys.readouterr().out
@@ -176,7 +176,7 @@ def test_the_toy_is_what_it_says():
     """Answers follow from the table; the base model copies; the guard and the random arm keep to their rules."""
     import torch
 
-    from burnish.methods.ra_rft import demo
+    from burnish.methods.ra_rft import demo, demo_report
 
     toy = demo.Toy(3)
     for _ in range(50):
@@ -193,7 +193,7 @@ def test_the_toy_is_what_it_says():
     towers = demo.train_towers(toy, corpus, 0, steps=2)
     hits = demo.TowerRetriever(towers, corpus).search([d.problem for d in corpus])
     assert all(corpus[h[0].place].problem != d.problem for h, d in zip(hits, corpus, strict=True))
-    assert demo.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5))
+    assert demo_report.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5))
     # the expectation over both tokens, against samples
     model = demo.base_model(2, 0)
     prompts, answers = [row["prompt"]] * 4000, [row["answer"]] * 4000
