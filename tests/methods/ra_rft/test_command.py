@@ -190,7 +190,7 @@ def test_the_toy_is_what_it_says():
     assert all(not hits or corpus[hits[0].place].type == q.split()[0]
                for q, hits in zip([corpus[0].problem, row["prompt"]], found, strict=True))  # fmt: skip
     assert not found[0] or corpus[found[0][0].place].problem != corpus[0].problem
-    towers = demo.train_towers(toy, corpus, 0, steps=2)
+    towers = demo.train_towers([row] * 9, corpus, 0, steps=2)
     hits = demo.TowerRetriever(towers, corpus).search([d.problem for d in corpus])
     assert all(corpus[h[0].place].problem != d.problem for h, d in zip(hits, corpus, strict=True))
     assert demo_report.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5))
