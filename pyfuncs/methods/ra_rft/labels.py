@@ -61,14 +61,16 @@ def build_labels(
     guard = guard or LeakGuard()
     kept = guard.filter(corpus)[0]
     blocked = guard.over(kept)
-    pairs = []
+    pairs, place = [], {d.id: i for i, d in enumerate(kept)}
     for question in questions:
         hidden = blocked.blocked(question.text)
-        asked = None if candidates is None else set(candidates.get(question.id, ()))
+        asked: Sequence[int] = range(len(kept))
+        if candidates is not None:
+            asked = sorted({place[d] for d in candidates.get(question.id, ()) if d in place})
         pairs += [
-            (question, document) for i, document in enumerate(kept)
-            if i not in hidden and (asked is None or document.id in asked)
-            and not (same_type and None not in (question.type, document.type) and question.type != document.type)
+            (question, kept[i]) for i in asked
+            if i not in hidden
+            and not (same_type and None not in (question.type, kept[i].type) and question.type != kept[i].type)
         ]  # fmt: skip
     if not pairs:
         raise BadData("there is no pair of a question and a document to label: types or guards exclude them all")

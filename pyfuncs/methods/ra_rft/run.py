@@ -94,6 +94,9 @@ def prepare(options: dict[str, Any]) -> Prepared:
         GRPOConfig, options, OWN_FIELDS, num_generations=options["generations"],
         max_completion_length=options["max_completion_length"], temperature=options["temperature"], beta=0.0,
     )  # fmt: skip
+    for name in ("use_liger_kernel", "torch_compile"):
+        if options["head"] == "fused" and getattr(arguments, name):
+            raise ValueError(f"--set {name}=true needs --head trl")
     return Prepared(options, directory, rows, corpus, guard, judge, found, arguments)
 
 

@@ -140,7 +140,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(files, tmp_path, capsys, m
     assert not Path(files["output"]).exists()
 
 
-def test_set_may_not_name_what_an_option_has(files, capsys):
+def test_what_set_may_not_have(files, capsys):
+    assert main(command(files, "--set", "torch_compile=true")) == 2
+    assert "--set torch_compile=true needs --head trl" in capsys.readouterr().err
     assert main(command(files, "--set", "num_generations=4")) == 2
     assert "--set num_generations: use --generations" in capsys.readouterr().err
 
