@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import random
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -269,6 +271,15 @@ def one_seed(options: RARFTDemoOptions, base: LlamaForCausalLM, seed: int) -> di
             "reward": rewards}  # fmt: skip
 
 
+def _one_seed_alone(options: RARFTDemoOptions, seed: int) -> dict:
+    """``one_seed`` in a process of its own, on one thread: models this small gain nothing from a second."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+    return one_seed(options, LlamaForCausalLM.from_pretrained(Path(options.output) / "base"), seed)
+
+
 def _train(options: RARFTDemoOptions, base: LlamaForCausalLM, data, retriever, seed: int):
     """(policy, mean reward of each step): TRL's GRPO, on contexts where there is a retriever."""
     from trl import GRPOConfig, GRPOTrainer
@@ -312,8 +323,16 @@ def run(options: RARFTDemoOptions) -> dict:
     results: dict = {"options": asdict(options), "arms": ARMS, "base": habits(base, Toy(options.seed)), "seeds": []}
     print("the base model applies a named operation in {applies:.1%}, copies a shown one in {copies:.1%}".format(
         **results["base"]), flush=True)  # fmt: skip
-    for seed in tqdm(range(options.seed, options.seed + options.seeds), desc="seeds"):
-        results["seeds"].append(one_seed(options, base, seed))
+    seeds = range(options.seed, options.seed + options.seeds)
+    workers = min(options.workers, len(seeds))
+    if workers == 1:
+        results["seeds"] = [one_seed(options, base, seed) for seed in tqdm(seeds, desc="seeds")]
+    else:
+        base.save_pretrained(out / "base")
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            made = pool.map(_one_seed_alone, [options] * len(seeds), seeds)
+            results["seeds"] = list(tqdm(made, total=len(seeds), desc="seeds"))
+        shutil.rmtree(out / "base")
     results["seconds"] = time.perf_counter() - started
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, out / "curves.png")

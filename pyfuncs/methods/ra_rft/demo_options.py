@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RARFTDemoOptions:
-    """What ``burnish demo ra-rft`` runs; the defaults are the toy of the specification."""
+    """What ``burnish demo ra-rft`` runs; the defaults are the toy of the specification.  ``workers``: seeds at once."""
 
     seeds: int = 5
     steps: int = 150
@@ -18,11 +18,12 @@ class RARFTDemoOptions:
     problems: int = 512
     base_steps: int = 1200
     seed: int = 0
+    workers: int = 2
     output: str = "runs/demo-ra-rft"
 
     def check(self) -> RARFTDemoOptions:
         """Itself; ValueError for a value that cannot be."""
-        for name in ("seeds", "steps", "prompts", "corpus", "problems", "base_steps"):
+        for name in ("seeds", "steps", "prompts", "corpus", "problems", "base_steps", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
         if self.generations < 2:
