@@ -162,7 +162,16 @@ def test_what_turns_out_on_the_way_is_one_line(files, match, change):
 def test_the_demo_in_small(tmp_path, capsys):
     """All arms, table, plot and JSON, at sizes that show nothing but that it runs."""
     pytest.importorskip("matplotlib")
-    small = {"seeds": 2, "steps": 2, "prompts": 4, "generations": 4, "corpus": 60, "problems": 16, "base_steps": 4}
+    small = {
+        "seeds": 2,
+        "steps": 2,
+        "prompts": 4,
+        "generations": 4,
+        "corpus": 60,
+        "problems": 16,
+        "base_steps": 4,
+        "workers": 1,
+    }
     flags = [x for k, v in small.items() for x in (f"--{k.replace('_', '-')}", str(v))]
     assert main(["demo", "ra-rft", *flags, "--output", str(tmp_path)]) == 0
     from burnish.methods.ra_rft import demo_report as demo
