@@ -197,6 +197,7 @@ def backward(queries, documents, arg, g, *, wanted: tuple[bool, bool]):
         if dd is not None and dd.numel():
             d_documents_kernel[(n, triton.cdiv(ld, cut["BN"]), columns)](
                 queries, arg, g, _ends((arg >= 0).any(1)), dd, **strides(queries, "ai", "q"), queries=q,
-                documents=n, query_tokens=lq, document_tokens=ld, arg_step=n * lq, width=d, **cut, **common, **options(),
+                documents=n, query_tokens=lq, document_tokens=ld, arg_step=n * lq, width=d, **cut, **common,
+                **options(),
             )  # fmt: skip
     return dq, dd
