@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.*
 
-.PHONY: demo test bench bench-chunkft bench-tokens gpu lint clean
+.PHONY: demo test bench bench-chunkft bench-tokens bench-policy gpu lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,7 @@ demo: $(VENV)/.installed  ## fine-tune SmolLM2-135M twice and compare (about ten
 	$(BIN)/burnish demo sft --output runs/demo-sft
 
 test: $(VENV)/.installed  ## every test; on a machine without a GPU kernels run in Triton's interpreter
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadfile
 
 $(VENV)/.peers: $(VENV)/.installed  # the libraries that benchmarks stand beside; nothing needs them
 	$(BIN)/pip install --quiet --no-deps liger-kernel==0.8.5 cut-cross-entropy==25.1.1
@@ -48,6 +48,14 @@ bench-chunkft: $(VENV)/.tuners  ## ChunkFT beside other optimizers on SmolLM2-13
 
 bench-tokens: $(VENV)/.installed  ## attention over lists of keys, and a model with token selection, about 15 minutes
 	$(BIN)/python benchmarks/tokens.py
+	$(BIN)/python benchmarks/docs.py
+
+bench-policy: $(VENV)/.peers  ## policy losses, MaxSim, and the three methods with real parts, about 45 minutes
+	$(BIN)/python benchmarks/policy.py --shapes 1024,576,49152 --cap 8 --seconds 40
+	$(BIN)/python benchmarks/maxsim.py
+	$(BIN)/python benchmarks/drift_run.py
+	$(BIN)/python benchmarks/axpo_run.py
+	$(BIN)/python benchmarks/ra_rft.py
 	$(BIN)/python benchmarks/docs.py
 
 gpu: $(VENV)/.peers  ## the tests and timings on a GPU; results named by device and versions

@@ -6,6 +6,7 @@ python benchmarks/docs.py --check    # exit 1 if a page is stale
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -642,7 +643,23 @@ def tokens_model() -> str:
     return "\n".join([about, "", "![seconds over frames](tokens.png)", "", *_table(header, rows)])
 
 
+def _from_results(name: str, module: str, function: str):
+    """A part that a method's or a script's own function writes from benchmarks/results/<name>.json."""
+
+    def make() -> str:
+        file = RESULTS / f"{name}.json"
+        if not file.exists():
+            return NOT_YET
+        return getattr(importlib.import_module(module), function)(json.loads(file.read_text()))
+
+    return make
+
+
 PARTS = {
+    "demo axpo": ("docs/axpo.md", _from_results("demo_axpo", "burnish.methods.axpo.demo", "markdown")),
+    "axpo run": ("docs/axpo.md", _from_results("axpo_run", "axpo_run", "markdown")),
+    "demo ra-rft": ("docs/ra_rft.md", _from_results("demo_ra_rft", "burnish.methods.ra_rft.demo_report", "table")),
+    "maxsim": ("docs/maxsim.md", _from_results("maxsim_cpu", "maxsim", "table")),
     "attention kernels": ("docs/selected_attention.md", attention_kernels),
     "tokens layer": ("docs/selected_attention.md", tokens_layer),
     "tokens model": ("docs/tokens.md", tokens_model),

@@ -1,4 +1,5 @@
-"""The options of ``burnish ra-rft``."""
+"""Label which solved problems help, train a retriever on that, put what it finds into the prompts, and train by GRPO on
+them; each stage goes on after a kill with --resume (RA-RFT, arXiv 2606.13680)."""
 
 from __future__ import annotations
 
