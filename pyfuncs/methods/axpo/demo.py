@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ... import objectives
 from ...ops.row_loss import row_loss
+from ..intervals import interval
 from .demo_options import AXPODemoOptions
 from .plan import Rules, credit, mean_probability, normalise, select, stream_masks, token_weights, triggered
 
@@ -334,34 +335,29 @@ COLUMNS = (
 )  # fmt: skip
 #: Below it a policy no longer calls its tool.
 COLLAPSED = 0.01
-#: Student's t at 95 %, two-sided, by seeds - 1.
-_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
-def interval(values: list[float | None]) -> str:
+def shown(values: list[float | None]) -> str:
     """Mean and half width of the 95 % interval over seeds that have a value; how many, where not all."""
     x = [v for v in values if v is not None and not math.isnan(v)]
     if not x:
         return "-"
-    mean = sum(x) / len(x)
-    if len(x) == 1:
-        return f"{mean:.3f}"
-    std = math.sqrt(sum((v - mean) ** 2 for v in x) / (len(x) - 1))
-    half = _T95.get(len(x) - 1, 1.96) * std / math.sqrt(len(x))
-    return f"{mean:.3f} ± {half:.3f}" + (f" ({len(x)})" if len(x) < len(values) else "")
+    mean, half = interval(x)
+    spread = "" if math.isnan(half) else f" ± {half:.3f}"
+    return f"{mean:.3f}{spread}" + (f" ({len(x)})" if 1 < len(x) < len(values) else "")
 
 
 def rows_of(results: dict) -> list[list[str]]:
     """Heading and a row an arm, for text and for docs: means over seeds after the last step."""
     seeds = results["seeds"]
     rows = [["arm", "rollouts a step", *[name for _, name in COLUMNS], "gave the tool up"]]
-    starts = [interval([s["start"][key] for s in seeds]) for key, _ in COLUMNS]
+    starts = [shown([s["start"][key] for s in seeds]) for key, _ in COLUMNS]
     rows.append(["start", "", *starts, ""])
     for key, arm in ARMS.items():
         runs = [s["arms"][key] for s in seeds]
         extra = sum(sum(r["history"]["extra"]) / len(r["history"]["extra"]) for r in runs) / len(runs)
         count = sum(r["final"]["tool_rate"] < COLLAPSED for r in runs)
-        cells = [interval([r["final"][column] for r in runs]) for column, _ in COLUMNS]
+        cells = [shown([r["final"][column] for r in runs]) for column, _ in COLUMNS]
         rows.append([arm.name, f"{QUESTIONS * arm.rollouts + extra:.0f}", *cells, f"{count} of {len(runs)}"])
     return rows
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..data import TASK_PREFIX, TaskData, _check_value, _parse, load_task
+from ..functions import load_function
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -99,19 +98,3 @@ def _verifier(task: TaskData) -> Callable[..., list[float]]:
 def exact(completions, answer, **_) -> list[float]:
     """1 where the final answer is the column ``answer``, as text."""
     return [float(final_answer(c) == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
-
-
-def load_function(name: str, option: str) -> Callable[..., Any]:
-    """The function of MODULE:FUNCTION, from the working directory or what is installed.  ValueError."""
-    module, sign, attribute = name.partition(":")
-    if not sign or not module or not attribute:
-        raise ValueError(f"{option} must be built in or MODULE:FUNCTION; got {name!r}")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{option} {name}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"{option} {name}: not a function")
-    return function

@@ -7,12 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..functions import load_function
 from ..models import PACKAGED, check_model_name, load_model
 from ..processes import world_size
 from ..run_directory import RunDirectory, note, quiet_bars, trainer_arguments
 from .calculator import calculator
 from .options import OWN_FIELDS
-from .questions import load_function, load_questions, reward_function
+from .questions import load_questions, reward_function
 
 RECORD = "burnish_axpo.json"
 _CHATML = ("<|im_start|>", "<|im_end|>")

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
+from ..intervals import interval
 from .demo_options import DriftDemoOptions
 from .engines import TransformersEngine
 from .episode import Episode
@@ -49,8 +50,6 @@ ARMS: dict[str, dict] = {
 }
 REFERENCE = "reference policy"
 _COLUMNS = ("sampled", "sampled_hard", "sampled_first", "greedy", "greedy_hard")
-#: Two-sided 95% points of Student's t with 1, 2, ... degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -208,15 +207,6 @@ def run(options: DriftDemoOptions) -> dict:
     print("\n" + table(results))
     print(f"\nwritten: {out / 'results.json'}, {out / 'curves.png'} ({results['seconds'] / 60:.1f} minutes in all)")
     return results
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% confidence interval (Student's t over seeds; nan for one seed)."""
-    n = len(values)
-    if n < 2:
-        return values[0], float("nan")
-    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
-    return statistics.fmean(values), t * statistics.stdev(values) / n**0.5
 
 
 def table(results: dict) -> str:

@@ -12,7 +12,7 @@ Names are looked up on first use, so that importing this imports neither transfo
 
 from __future__ import annotations
 
-import importlib
+from ..lazy import lazy
 
 _HOMES = {
     "build_labels": "labels", "rollout_benefit": "labels", "infonce": "infonce", "InfoNCELoss": "retriever",
@@ -27,11 +27,4 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__getattr__, __dir__ = lazy(__name__, _HOMES)

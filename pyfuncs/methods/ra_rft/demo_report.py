@@ -5,24 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from ..intervals import interval
+
 ARMS = {
     "base": "base model", "base_context": "base model + retrieval", "grpo": "GRPO",
     "grpo_inference": "GRPO, retrieval at inference only", "ra_rft": "RA-RFT",
     "random": "RA-RFT, random trace of the topic",
 }  # fmt: skip
-
-#: Student's t, 97.5%, by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95% confidence interval by Student's t; NaN for one value."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, math.nan
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, _T.get(n - 1, 1.96) * spread / math.sqrt(n)
 
 
 def table(results: dict) -> str:

@@ -195,7 +195,8 @@ class Retriever:
     def encode(self, texts: Sequence[str], *, progress: bool = False) -> dict[str, Tensor]:
         """Unit vectors (N, d) as "vectors"; of tokens, all texts' one after another, with "offsets" (N + 1,)."""
         kind = "token_embeddings" if self.late_interaction else "sentence_embedding"
-        out: Any = self.model.encode(
+        model: Any = self.model  # its overloads do not know a choice made at run time
+        out = model.encode(
             list(texts), batch_size=self.batch_size, output_value=kind, convert_to_tensor=not self.late_interaction,
             show_progress_bar=progress,
         )  # fmt: skip

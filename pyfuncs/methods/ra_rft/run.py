@@ -9,7 +9,6 @@ checkpoint-N/         the policy's
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 
 from .. import checkpoints
 from ..data import TASK_PREFIX, TaskData, load_data, prompt
+from ..functions import load_function
 from ..models import check_model_name, load_model, load_tokenizer
 from ..processes import world_size
 from ..run_directory import RunDirectory, note, quiet_bars, trainer_arguments
@@ -290,20 +290,6 @@ def task_reward(task: TaskData) -> Callable:
         ]  # fmt: skip
 
     return verified
-
-
-def load_function(name: str, option: str) -> Callable:
-    """MODULE:FUNCTION imported.  ValueError, naming the option, where there is none."""
-    module, sign, attribute = name.partition(":")
-    if not sign or not module or not attribute:
-        raise ValueError(f"{option} must be one of its names or MODULE:FUNCTION; got {name!r}")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{option} {name}: cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"{option} {name}: is not callable")
-    return found
 
 
 def _first() -> bool:

@@ -120,7 +120,7 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     ([0.1, 0.2, 0.3, 0.4, 0.5], "0.300 ± 0.196"), ([0.1, 0.3, None], "0.200 ± 1.271 (2)"),
 ])  # fmt: skip
 def test_intervals(values, want):
-    assert demo.interval(values) == want
+    assert demo.shown(values) == want
 
 
 def test_options():
