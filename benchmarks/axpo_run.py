@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="the model of an earlier --keep, instead of SFT; writes no results")
     parser.add_argument("--keep", type=Path, help="where to leave the model after SFT; ends there")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="axpo-run-"))
+    folder, first = Path(tempfile.mkdtemp(prefix="axpo-run-")), time.perf_counter()
     start, whole, cut = (folder / name for name in ("start", "whole", "cut"))
     try:
         sft = fit_start(folder) if options.start is None else None
@@ -196,6 +196,7 @@ def main() -> None:
         seconds["killed"] = time.perf_counter() - began
         said = run(command(start, cut, "--resume"), folder / "resumed.log")
         seconds["resumed"] = time.perf_counter() - began - seconds["killed"]
+        seconds["all"] = time.perf_counter() - first
         result = {
             "model": "SmolLM2-135M-Instruct, fp32", "sft": sft, "options": AXPO, "threads": torch.get_num_threads(),
             "cpu_count": os.cpu_count(), "seconds": seconds, "steps": steps,
