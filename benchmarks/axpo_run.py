@@ -1,6 +1,6 @@
 """AXPO with real parts on this CPU: SmolLM2-135M, the calculator through TRL's tool loop, reasoning-gym's chain_sum.
 
-    python benchmarks/axpo_run.py            # writes results/axpo_run.json and its block in docs/axpo.md; some minutes
+    python benchmarks/axpo_run.py            # writes results/axpo_run.json; some ten minutes
 
 SmolLM2-135M calls no tool, so the run starts, as the paper's do, with SFT on conversations with calls, a few steps of
 ``TargetSFTTrainer``.  In most of them the call has a wrong operand, so that the start calls often and fails often.
@@ -8,7 +8,7 @@ SmolLM2-135M calls no tool, so the run starts, as the paper's do, with SFT on co
 script fails where the two differ, or nothing was called or resampled.
 
 A few steps show that the plumbing is real, nothing about learning.  A row is short because the chat template here
-names the tools and does not describe them; Qwen 2.5's, which the command takes by itself, makes it three times longer.
+names the tools and does not describe them, as Qwen 2.5's would, which the command takes by itself.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def logs(output: Path) -> list[dict]:
 
 
 def markdown(result: dict) -> str:
-    """The results as docs/axpo.md shows them."""
+    """The results as benchmarks/docs.py writes them into docs/axpo.md."""
     names = ("reward", "axpo/tool_rate", "axpo/trigger_rate", "axpo/resampled_rows", "axpo/recovered_rate")
     rows = [["step", *(n.removeprefix("axpo/").replace("_", " ") for n in names)], ["---"] * (len(names) + 1)]
     for step, log in enumerate(result["steps"], 1):
@@ -158,16 +158,8 @@ def markdown(result: dict) -> str:
     ])  # fmt: skip
 
 
-def fill_docs(result: dict) -> None:
-    """Write ``markdown`` into its block."""
-    page = ROOT / "docs" / "axpo.md"
-    begin, end = "<!-- axpo run -->\n", "<!-- /axpo run -->"
-    before, rest = page.read_text().split(begin)
-    page.write_text(f"{before}{begin}{markdown(result)}\n{end}{rest.split(end)[1]}")
-
-
 def main() -> None:
-    """The start, both runs, the comparison; results and docs."""
+    """The start, both runs, the comparison."""
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -213,7 +205,6 @@ def main() -> None:
         raise SystemExit("nothing was trained or nothing resampled")
     if sft is not None:
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        fill_docs(result)
         print(markdown(result))
 
 
