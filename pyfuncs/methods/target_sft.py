@@ -13,13 +13,14 @@ from ..objectives.base import Objective
 from .chunked import check_arguments, find, trainer_optimizer
 from .frozen import freeze
 from .fused_head import fuse_lm_head
+from .last_step import NoStepBeyondTheLast
 from .models import PACKAGED, load_model, load_tokenizer
 from .output_head import base_model, vocabulary_size
 from .processes import allow_sharding_on_cpu, fill_from_first
 from .rules import check_labels, check_objective, check_tokenizers, resolve_objective
 
 
-class TargetSFTTrainer(SFTTrainer):
+class TargetSFTTrainer(NoStepBeyondTheLast, SFTTrainer):
     """SFT by an objective of ``burnish.objectives``, logits never whole.
 
     Only the loss differs from ``trl.SFTTrainer``: data formats, packing, completion masks, PEFT, gradient
@@ -110,13 +111,6 @@ class TargetSFTTrainer(SFTTrainer):
         if self._chunkft is not None and self.optimizer is None:
             self.optimizer = trainer_optimizer(self, self.model if model is None else model, self._chunkft)
         return super().create_optimizer(model)
-
-    def _run_epoch(self, *args, **kwargs):
-        # resumed from the checkpoint of its last step in the middle of an epoch, transformers would take one more
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)

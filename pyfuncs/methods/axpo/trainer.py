@@ -22,6 +22,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import is_async_callable
 
+from ..last_step import NoStepBeyondTheLast
 from . import batch as rows
 from .config import AXPOConfig
 from .plan import check_rewards, credit, mean_probability, select, triggered
@@ -53,7 +54,7 @@ class _Source:
     logprobs: list[float] | None
 
 
-class AXPOTrainer(GRPOTrainer):
+class AXPOTrainer(NoStepBeyondTheLast, GRPOTrainer):
     """GRPO that tries again where every tool-using rollout of a question failed (AXPO, arXiv 2605.28774).
 
         trainer = AXPOTrainer(model, reward_funcs, AXPOConfig(...), train_dataset=data, tools=[calculator])

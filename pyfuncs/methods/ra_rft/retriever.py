@@ -18,6 +18,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
 
 from ...ops.maxsim import maxsim
+from ..last_step import NoStepBeyondTheLast
 from .corpus import Document, Hit, Question, as_corpus, read_rows, write_corpus
 from .infonce import check_options, gather, infonce
 from .leaks import LeakGuard
@@ -310,7 +311,7 @@ class _Recall(BaseEvaluator):
         return Retriever(model, self.corpus, **self.options).recall(self.questions, self.positives)
 
 
-class RetrieverTrainer(SentenceTransformerTrainer):
+class RetrieverTrainer(NoStepBeyondTheLast, SentenceTransformerTrainer):
     """sentence-transformers' trainer with Eq. 2, the paper's settings, and recall@k of held-out questions.
 
         trainer = RetrieverTrainer(load_encoder(), questions, corpus, labels)

@@ -7,6 +7,7 @@ from typing import Any
 
 from trl import GRPOTrainer
 
+from ..last_step import NoStepBeyondTheLast
 from .context import CONTEXT_IDS, CONTEXT_SCORES, Template, with_context
 from .corpus import Searcher
 from .rewards import checked
@@ -15,7 +16,7 @@ from .rewards import checked
 POSITIVES = "positive_ids"
 
 
-class RARFTTrainer(GRPOTrainer):
+class RARFTTrainer(NoStepBeyondTheLast, GRPOTrainer):
     """GRPO on retrieved contexts; everything but the prompts is TRL's.
 
         trainer = RARFTTrainer(model, boxed, GRPOConfig(...), train_dataset=data, retriever=retriever)

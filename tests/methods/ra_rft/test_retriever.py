@@ -102,6 +102,10 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_stopped(encoder_folder, t
     assert any(
         not torch.equal(a, b) for a, b in zip(whole.model.parameters(), straight.model.parameters(), strict=True)
     )
+    last = make(tmp_path / "whole")
+    last.train(resume_from_checkpoint=True)
+    assert last.state.global_step == 6  # in the middle of an epoch, transformers would take one more
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), last.model.parameters(), strict=True))
 
 
 def test_positives_are_those_of_the_labels_whichever_row_brought_them(encoder):
