@@ -1,5 +1,5 @@
-"""The command line: ``burnish sft``, ``drift``, ``axpo``, ``ra-rft``, ``chunkft``, ``tokens``, ``qk-restore``, ``demo``,
-``doctor``.
+"""The command line: ``burnish sft``, ``drift``, ``axpo``, ``ra-rft``, ``chunkft``, ``tokens``, ``qk-restore``,
+``demo``, ``objectives``, ``doctor``.
 
 Bad input ends with one line on stderr, ``burnish: error: ...``, and exit code 2.  Subcommands import what
 they need when they run.
