@@ -1,4 +1,5 @@
-"""The command line: ``burnish sft``, ``drift``, ``axpo``, ``ra-rft``, ``chunkft``, ``tokens``, ``demo``, ``doctor``.
+"""The command line: ``burnish sft``, ``drift``, ``axpo``, ``ra-rft``, ``chunkft``, ``tokens``, ``qk-restore``,
+``demo``, ``objectives``, ``doctor``.
 
 Bad input ends with one line on stderr, ``burnish: error: ...``, and exit code 2.  Subcommands import what
 they need when they run.
@@ -17,7 +18,7 @@ from dataclasses import fields
 from .methods import sft_options
 from .methods.axpo import options as axpo_options
 from .methods.axpo.demo_options import AXPODemoOptions
-from .methods.demo_options import DemoOptions
+from .methods.demo_options import DemoOptions, RecallDemoOptions
 from .methods.drift import options as drift_options
 from .methods.drift.demo_options import DriftDemoOptions
 from .methods.options import add_flags, assignments, given_flags
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     cut.set_defaults(run=_chunkft_plan)
     tokens = commands.add_parser("tokens", help="token selection for visual geometry transformers")
     _add_tokens(tokens.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser))
+    _add_qk_restore(commands)
     demo = commands.add_parser("demo", help="a method at work on this machine, nothing fetched")
     names = demo.add_subparsers(dest="name", required=True, metavar="NAME", parser_class=_Parser)
     one = names.add_parser("sft", help="SmolLM2-135M learns a task by SFT and by Target-SFT", description=_demo.__doc__)
@@ -116,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
         toy = names.add_parser(name, help=about, description=fields_of_demo.__doc__)
         _add_fields(toy, fields_of_demo)
         toy.set_defaults(run=_toy)
+    about = "a tiny hybrid loses its recall to fine-tuning, and has it restored"
+    recall = names.add_parser("qk-restore", help=about, description=_demo_qk_restore.__doc__)
+    _add_fields(recall, RecallDemoOptions)
+    recall.set_defaults(run=_demo_qk_restore)
     commands.add_parser("objectives", help="list the objectives").set_defaults(run=_objectives)
     commands.add_parser("doctor", help="what is installed, and which backend serves each op").set_defaults(run=_doctor)
     return parser
@@ -157,6 +163,33 @@ def _add_tokens(actions) -> None:
     for name in ("channels", "global-layers", "frame-layers", "encoder-layers", "special", "patch"):
         cost.add_argument(f"--{name}", type=int, metavar="N", help="instead of the model's")
     cost.set_defaults(run=_tokens_cost)
+
+
+def _add_qk_restore(commands) -> None:
+    about = "queries and keys of a hybrid's softmax layers as before fine-tuning"
+    one = commands.add_parser("qk-restore", help=about, description=_qk_restore.__doc__)
+    one.add_argument("pre", metavar="PRE", help="directory of the model before fine-tuning")
+    one.add_argument("post", metavar="POST", help="directory of the model after it, or of its LoRA or OFT adapter")
+    one.add_argument("out", metavar="OUT", nargs="?", help="new directory; may be left out with --dry-run")
+    one.add_argument("--dry-run", action="store_true", help="report what would change, write nothing")
+    about = "softmax (by the config's layer types), all, or indices (softmax)"
+    one.add_argument("--layers", default="softmax", metavar="LAYERS", help=about)
+    one.add_argument("--parts", default="q,k", metavar="P,P,...", help="of q, k, v, o, latent (q,k)")
+    one.add_argument("--alpha", type=float, default=1.0, metavar="SHARE", help="of the way back (1)")
+    one.add_argument("--pro", type=float, metavar="LAMBDA", help="QK-Pro with this ridge instead")
+    one.add_argument("--convention", choices=("A", "B"), default="A", help="of QK-Pro's matrices (A)")
+    one.add_argument("--no-bias", action="store_true", help="keep the biases of what is restored")
+    one.add_argument("--qk-norm", action="store_true", help="restore q and k norms too")
+    one.add_argument("--swa", action="store_true", help="restore sliding-window layers too")
+    one.add_argument("--angles", action="store_true", help="report principal angles too")
+    about = "what a layer type that is not known is: softmax, sliding, linear, none; repeatable"
+    one.add_argument("--kind", action="append", metavar="TYPE=KIND", help=about)
+    about = "rows of a fused projection, where the model_type is not known"
+    one.add_argument("--fused", choices=("stacked", "per_head", "grouped"), help=about)
+    about = "gates of a query projection of twice the rows, where the model_type is not known"
+    one.add_argument("--query-gate", choices=("per_head", "stacked"), help=about)
+    one.add_argument("--stack", metavar="PREFIX", help="decoder layers, where several stacks have as many")
+    one.set_defaults(run=_qk_restore)
 
 
 def _sft(arguments: argparse.Namespace):
@@ -237,6 +270,16 @@ def _tokens_cost(arguments: argparse.Namespace) -> None:
     print(report(**given))
 
 
+def _qk_restore(arguments: argparse.Namespace) -> None:
+    """Put the queries and keys of the softmax layers back as they were before fine-tuning (QK-Restore, arXiv
+    2606.11052) and write the result to a new directory; print how far they had drifted and what changes."""
+    try:
+        from .methods.qk_restore.command import run
+    except ImportError as error:
+        raise ValueError(f"burnish qk-restore needs its packages: pip install 'burnish[train]' ({error})") from error
+    print(run(arguments))
+
+
 def _demo(arguments: argparse.Namespace):
     """Fine-tune from the same weights by both objectives; accuracy under the task's verifier, loss curves,
     peak memory against the materialised loss, tokens per second."""
@@ -247,6 +290,18 @@ def _demo(arguments: argparse.Namespace):
     except ImportError as error:
         raise ValueError(f"burnish demo needs its packages: pip install 'burnish[demo]' ({error})") from error
     check_model_name(options.model)
+    return lambda: demo.run(options)
+
+
+def _demo_qk_restore(arguments: argparse.Namespace):
+    """Train a hybrid of 0.2M parameters to recall, fine-tune it on local reasoning, and compare restores: accuracy on
+    both tasks by length, drift, gradient by distance."""
+    options = RecallDemoOptions(**{f.name: getattr(arguments, f.name) for f in fields(RecallDemoOptions)}).check()
+    try:
+        from .methods.qk_restore import demo
+    except ImportError as error:
+        raise ValueError(f"burnish demo needs its packages: pip install 'burnish[demo]' ({error})") from error
+    demo.check_output(options)
     return lambda: demo.run(options)
 
 

@@ -1,8 +1,8 @@
-"""The demo's options, apart from the demo so that the command line need not import a trainer to list them."""
+"""The demos' options, apart from the demos so that the command line need not import a trainer to list them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -29,4 +29,25 @@ class DemoOptions:
             raise ValueError(f"eta must lie in [0, 1]; got {self.eta}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0; got {self.seed}")
+        return self
+
+
+@dataclass(frozen=True)
+class RecallDemoOptions:
+    """What ``burnish demo qk-restore`` runs: seeds, updates before and in fine-tuning, where results go."""
+
+    seeds: int = 3
+    pretrain_steps: int = 3000
+    sft_steps: int = 300
+    sft_learning_rate: float = 1e-3
+    batch_size: int = 32
+    problems: int = 256
+    output: str = "runs/demo-qk-restore"
+
+    def check(self) -> RecallDemoOptions:
+        """Itself; ValueError for a value that cannot be."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "output" and not value > 0:
+                raise ValueError(f"{field.name.replace('_', '-')} must be > 0; got {value}")
         return self
