@@ -4,7 +4,7 @@
 
 SmolLM2-135M calls no tool, so the run starts, as the paper's do, with SFT on conversations with calls, a few steps of
 ``TargetSFTTrainer``.  In most of them the call has a wrong operand, so that the start calls often and fails often.
-``burnish axpo`` goes on from there twice: undisturbed, and killed (SIGKILL) behind a checkpoint and resumed.  This
+``burnish axpo`` goes on from there twice: undisturbed, and killed (SIGKILL) after a checkpoint and resumed.  This
 script fails where the two differ, or nothing was called or resampled.
 
 A few steps show that the plumbing is real, nothing about learning.  A row is short because the chat template here
@@ -153,7 +153,7 @@ def markdown(result: dict) -> str:
         f"{result['model']}, {result['threads']} thread: {sft['steps']} steps of SFT on {sft['batch_size']} rows in "
         f"{sft['seconds']:.0f} s (loss {sft['first_loss']:.2f} to {sft['last_loss']:.2f}), then {len(result['steps'])} "
         f"steps of AXPO on {result['options']['batch-size']} rollouts in {result['seconds']['whole']:.0f} s. Killed "
-        f"behind {result['resumed_from']} and resumed: the same weights, SHA-256 {result['sha256']['whole'][:12]}..., "
+        f"after {result['resumed_from']} and resumed: the same weights, SHA-256 {result['sha256']['whole'][:12]}..., "
         "and the same log.", "", *("| " + " | ".join(cells) + " |" for cells in rows),
     ])  # fmt: skip
 
