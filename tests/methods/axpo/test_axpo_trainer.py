@@ -346,3 +346,11 @@ def test_evaluation_is_trls(tmp_path, folder):
     torch.manual_seed(0)
     batch = t._generate_and_score_completions(inputs)
     assert rows.row_count(batch) == len(inputs) and not t._metrics["eval"].get("axpo/tool_rate")
+
+
+def test_rows_that_fill_up_take_no_loss():
+    names = ("prompt_ids", "prompt_mask", "completion_mask", "tool_mask")
+    batch = {k: torch.ones(3, 2, dtype=torch.long) for k in names}
+    stand_in = type("Trainer", (), {"args": type("Args", (), {"steps_per_generation": 2})})
+    out = AXPOTrainer._divisible(stand_in, {**batch, "advantages": torch.ones(3)})
+    assert out["tool_mask"].sum(1).tolist() == [2, 2, 2, 0] and out["advantages"].tolist() == [1, 1, 1, 0]
