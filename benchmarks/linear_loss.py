@@ -459,5 +459,9 @@ def run(options: argparse.Namespace, name: str) -> None:
     print(f"{sum(t['met'] for _, t in every)} of {len(every)} targets met")
 
 
-if __name__ == "__main__":
+def main() -> None:
     run(parse(), "linear_loss")
+
+
+if __name__ == "__main__":
+    main()

@@ -155,6 +155,16 @@ def has_teacher(objective: str) -> bool:
     return OBJECTIVES[objective][2]
 
 
+def beside(objective: str, p: Problem) -> dict:
+    """What ``linear_loss`` is given for a policy objective beside hidden states and labels."""
+    if objective == "weighted_nll":
+        return {"token_weight": p.up_logp}
+    if objective == "grpo":
+        old, ref = _old_and_reference(p)
+        return {"inputs": {"advantages": p.up_logp, "old_logp": old, "ref_logp": ref}}
+    return {}
+
+
 def materialised(objective: str, p: Problem, accumulate: torch.dtype = torch.float32) -> Tensor:
     """Whole logits in the operands' dtype, then the loss in ``accumulate``."""
     loss, _, teacher = OBJECTIVES[objective]
@@ -334,13 +344,10 @@ def our_ways(backends: tuple[str, ...]) -> list[Way]:
         def loss(objective: str, p: Problem) -> Tensor:
             teacher = Teacher(hidden=p.t_hidden, weight=p.t_weight) if has_teacher(objective) else None
             objective_ = OBJECTIVES[objective][1]
-            given: dict = {"token_weight": p.up_logp} if objective == "weighted_nll" else {}
-            if objective == "grpo":
-                old, reference = _old_and_reference(p)
-                given["inputs"] = {"advantages": p.up_logp, "old_logp": old, "ref_logp": reference}
             return linear_loss(
-                p.hidden, p.weight, p.target, objective_, teacher=teacher, plan=plan, backend=backend, **given
-            )
+                p.hidden, p.weight, p.target, objective_, teacher=teacher, plan=plan, backend=backend,
+                **beside(objective, p),
+            )  # fmt: skip
 
         return loss
 

@@ -27,9 +27,10 @@ def test_plain_formulas_are_the_reference(script):
     peers = script("peers")
     p = peers.problem(9, 8, 31, torch.float64, scale=0.5)
     z, t = p.hidden @ p.weight.t(), p.t_hidden @ p.t_weight.t()
-    for formula, objective, teacher in peers.OBJECTIVES.values():
+    for name, (formula, objective, teacher) in peers.OBJECTIVES.items():
         if objective is not None:
-            want = reference.row_loss(z, p.target, objective, teacher=t if teacher else None).mean()
+            given = peers.beside(name, p)
+            want = reference.row_loss(z, p.target, objective, teacher=t if teacher else None, **given).mean()
             torch.testing.assert_close(formula(z, p.target, t if teacher else None, p), want, rtol=1e-10, atol=1e-12)
 
 
