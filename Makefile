@@ -50,7 +50,7 @@ bench-tokens: $(VENV)/.installed  ## attention over lists of keys, and a model w
 	$(BIN)/python benchmarks/tokens.py
 	$(BIN)/python benchmarks/docs.py
 
-bench-policy: $(VENV)/.peers  ## policy losses, MaxSim, and the three methods with real parts, about 45 minutes
+bench-policy: $(VENV)/.peers  ## policy losses, MaxSim, and the three methods with real parts
 	$(BIN)/python benchmarks/policy.py --shapes 1024,576,49152 --cap 8 --seconds 40
 	$(BIN)/python benchmarks/maxsim.py
 	$(BIN)/python benchmarks/drift_run.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ FORMS = (("prompt", "completion"), ("messages",), ("input_ids",), ("text",))
 #: Columns TRL reads beside them.
 EXTRAS = ("labels", "tools", "chat_template_kwargs")
 TASK_PREFIX = "reasoning-gym:"
+#: Problems to evaluate on are drawn with a seed that no training set of ordinary seeds has.
+EVALUATION_SEED = 1_000_003
 
 
 @dataclass
@@ -102,31 +105,41 @@ def read_jsonl(path: str) -> FileData:
     all of the same form.  Blank lines are skipped.  ValueError, beginning "FILE:LINE: ", for a malformed row;
     ValueError for a missing or empty file.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"data file {path}: {'is a directory' if file.is_dir() else 'no such file'}")
     records: list[dict] = []
     form: tuple | None = None
     ignored: set[str] = set()
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            row = _parse(line, where)
-            kind = _form(row, where)
-            form = form or kind
-            if kind != form:
-                raise ValueError(f"{where}: this row has {_describe(kind)}, the rows before it have {_describe(form)}")
-            keep = (*kind[0], *EXTRAS)
-            ignored |= row.keys() - set(keep)
-            records.append({k: row[k] for k in keep if k in row})
-    if not records:
-        raise ValueError(f"data file {path}: no rows")
+    for where, row in jsonl_rows(path):
+        kind = _form(row, where)
+        form = form or kind
+        if kind != form:
+            raise ValueError(f"{where}: this row has {_describe(kind)}, the rows before it have {_describe(form)}")
+        keep = (*kind[0], *EXTRAS)
+        ignored |= row.keys() - set(keep)
+        records.append({k: row[k] for k in keep if k in row})
     return FileData(path, records, sorted(ignored))
 
 
-def _parse(line: bytes, where: str) -> dict:
+def jsonl_rows(path: str | Path, what: str = "data file") -> Iterator[tuple[str, dict]]:
+    """("FILE:LINE", row) of a JSONL file's lines that are not blank.
+
+    ValueError, in one line, for a file that is not there or has no row, and beginning "FILE:LINE: " for a line that is
+    no JSON object.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"{what} {path}: {'is a directory' if file.is_dir() else 'no such file'}")
+    some = False
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                some = True
+                yield f"{path}:{number}", parse_row(line, f"{path}:{number}")
+    if not some:
+        raise ValueError(f"{what} {path}: no rows")
+
+
+def parse_row(line: bytes, where: str) -> dict:
+    """The JSON object of a line.  ValueError, beginning with ``where``, for anything else."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -149,7 +162,7 @@ def _form(row: dict, where: str) -> tuple[tuple[str, ...], str]:
             raise ValueError(f"{where}: {present[0]!r} without {missing[0]!r}")
         if columns == ("input_ids",):
             return columns, _check_ids(row, where)
-        kinds = {_check_value(c, row[c], where) for c in columns}
+        kinds = {check_value(c, row[c], where) for c in columns}
         if len(kinds) > 1:
             raise ValueError(f"{where}: 'prompt' and 'completion' must both be strings or both lists of messages")
         return columns, kinds.pop()
@@ -157,7 +170,8 @@ def _form(row: dict, where: str) -> tuple[tuple[str, ...], str]:
     raise ValueError(f"{where}: a row needs prompt and completion, messages, text or input_ids; got {keys}")
 
 
-def _check_value(column: str, value, where: str) -> str:
+def check_value(column: str, value, where: str) -> str:
+    """Which it is, "text" or "messages".  ValueError, beginning with ``where``, for anything else."""
     if column != "messages" and isinstance(value, str):
         if not value and column != "prompt":
             raise ValueError(f"{where}: {column!r} is empty")

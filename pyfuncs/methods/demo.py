@@ -5,7 +5,6 @@ The model's own weights, TRL's trainer, a reasoning-gym task and its verifier; n
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from ..ops.live_bytes import LiveBytes
 from ..ops.teacher import Teacher
 from .data import load_task
 from .demo_options import DemoOptions
+from .demo_results import publish
 from .evaluate import accuracy
 from .models import load_model
 from .progress import show_loss
@@ -120,13 +120,9 @@ def run(options: DemoOptions) -> dict:
         print(f"{name}: {before:.1%} -> {after:.1%}, {tokens / seconds:.0f} tokens/s", flush=True)
     results["memory"] = memory(model)
     results["seconds"] = time.perf_counter() - started
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    plot(results, out / "curves.png")
     for name in results["methods"]:  # empty: nothing was saved in them
         shutil.rmtree(out / name, ignore_errors=True)
-    print("\n" + table(results))
-    print(f"\nwritten: {out / 'results.json'}, {out / 'curves.png'} ({results['seconds'] / 60:.1f} minutes in all)")
+    publish(results, out, table, plot)
     return results
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,13 @@ from . import checkpoints
 from .options import did_you_mean
 from .processes import speaks
 
+#: Fields that ``trainer_arguments`` makes of options, and so not of --set, with the flags that have them.
+_OWN_FIELDS = {
+    "output_dir": "--output", "learning_rate": "--learning-rate", "per_device_train_batch_size": "--batch-size",
+    "gradient_accumulation_steps": "--accumulation", "max_steps": "--max-steps", "num_train_epochs": "--epochs",
+    "seed": "--seed", "save_steps": "--save-steps", "logging_steps": "--logging-steps",
+    "resume_from_checkpoint": "--resume",
+}  # fmt: skip
 #: What a resumed run may change: the rest would make it another run.
 MAY_CHANGE = ("resume", "overwrite", "output", "max_steps", "epochs", "save_steps", "logging_steps", "eval_size")
 
@@ -73,8 +80,7 @@ class RunDirectory:
 
     def begin(self) -> None:
         """Set broken checkpoints aside or remove old ones, say where the run goes on, and keep its options."""
-        for folder, problem in self.broken:
-            note(f"{folder.name} is not whole ({problem}): set aside as {checkpoints.set_aside(folder).name}")
+        set_aside(self.broken)
         if self.options["resume"]:
             where = self.checkpoint
             note(f"resuming from {where.name}" if where else "no checkpoint to resume from: starting anew")
@@ -84,13 +90,30 @@ class RunDirectory:
         write_json(self.path / self.record, dict(self.options))
 
 
+def set_aside(broken: Iterable[tuple[Path, str]]) -> None:
+    """Rename the broken checkpoints that ``checkpoints.newest`` found, and say so."""
+    for folder, problem in broken:
+        note(f"{folder.name} is not whole ({problem}): set aside as {checkpoints.set_aside(folder).name}")
+
+
+def train_and_save(trainer, folder: Path, checkpoint: Path | None):
+    """Train, from ``checkpoint`` on where there is one, and save model and state; what ``Trainer.train`` returns."""
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.is_fsdp_enabled:  # by default FSDP saves shards alone, which no from_pretrained reads
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder))
+    trainer.save_state()
+    return result
+
+
 def trainer_arguments(kind: type, options: Mapping[str, Any], own: Mapping[str, str], **fields):
     """``kind`` (SFTConfig, GRPOConfig, ...) of the options every training command has, ``fields`` and ``--set``.
 
-    ``own``: fields that --set may not name, with the flag that has them.  ValueError for an unknown field, or a value
-    that ``kind`` refuses.
+    ``own``: further fields that --set may not name, with the flag that has them.  ValueError for an unknown field, or a
+    value that ``kind`` refuses.
     """
     known = {f.name for f in dataclasses.fields(kind) if f.init}
+    own = {**_OWN_FIELDS, **own}
     for name in options["set"]:
         if name in own:
             raise ValueError(f"--set {name}: use {own[name]}")
@@ -135,6 +158,11 @@ def quiet_bars() -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
     os.replace(temporary, path)

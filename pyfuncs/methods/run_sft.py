@@ -10,16 +10,14 @@ from typing import Any
 
 from . import checkpoints
 from .chunked import check_arguments
-from .data import FileData, TaskData, load_data, load_task
+from .data import EVALUATION_SEED, FileData, TaskData, load_data, load_task
 from .models import check_model_name, load_model
 from .processes import world_size
 from .rules import check_objective, resolve_objective
-from .run_directory import RunDirectory, note, quiet_bars, trainer_arguments, write_json
+from .run_directory import RunDirectory, note, quiet_bars, train_and_save, trainer_arguments, write_json
 from .sft_options import OWN_FIELDS
 
 RECORD = "burnish_sft.json"
-#: Problems to evaluate on are drawn with a seed that no training set of ordinary seeds has.
-_EVALUATION_SEED = 1_000_003
 
 
 def prepare(options: dict[str, Any]):
@@ -72,17 +70,13 @@ def prepare(options: dict[str, Any]):
 
 def train(trainer, data, directory: RunDirectory) -> None:
     """Train, save and, where asked, evaluate; a summary goes to stdout."""
-    output, options, checkpoint = directory.path, directory.options, directory.checkpoint
+    output, options = directory.path, directory.options
     first = trainer.is_world_process_zero()
     if first:
         if isinstance(data, FileData) and data.ignored:
             note(f"columns that training does not read: {', '.join(data.ignored)}")
         directory.begin()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.is_fsdp_enabled:  # by default FSDP saves shards alone, which no from_pretrained reads
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(output))
-    trainer.save_state()
+    result = train_and_save(trainer, output, directory.checkpoint)
     summary = f"{output}: {trainer.state.global_step} steps, mean training loss {result.training_loss:.6g}"
     # a sharded model answers only where every process asks
     if options["eval_size"] and (first or trainer.is_fsdp_enabled):
@@ -98,7 +92,7 @@ def _is_conversation(record: dict) -> bool:
 def _evaluate(trainer, data: TaskData, options, output) -> str:
     from .evaluate import accuracy
 
-    arguments = {**options["data_args"], "size": options["eval_size"], "seed": _EVALUATION_SEED}
+    arguments = {**options["data_args"], "size": options["eval_size"], "seed": EVALUATION_SEED}
     fresh = load_task(data.name, **arguments)
     model = trainer.accelerator.unwrap_model(trainer.model)
     first = trainer.is_world_process_zero()

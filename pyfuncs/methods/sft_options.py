@@ -9,10 +9,7 @@ from .options import Option, count, mapping, natural, nonnegative, one_of, outpu
 
 #: What --set may not name, because an option of our own does.
 OWN_FIELDS = {
-    "output_dir": "--output", "learning_rate": "--learning-rate", "per_device_train_batch_size": "--batch-size",
-    "gradient_accumulation_steps": "--accumulation", "max_steps": "--max-steps", "num_train_epochs": "--epochs",
-    "max_length": "--max-length", "seed": "--seed", "save_steps": "--save-steps", "logging_steps": "--logging-steps",
-    "resume_from_checkpoint": "--resume", "loss_type": "--objective", "label_smoothing_factor": "--objective",
+    "max_length": "--max-length", "loss_type": "--objective", "label_smoothing_factor": "--objective",
 }  # fmt: skip
 
 OPTIONS: dict[str, Option] = {

@@ -32,7 +32,10 @@ def numbers(sequence: Tensor) -> Tensor:
 
 def over_sequences(values: Tensor, valid: Tensor, sequence: Tensor, *, mean: bool) -> Tensor:
     """The sum or mean of (N,) values over the valid rows of each row's sequence, differentiable: (N,)."""
-    number = numbers(sequence)
+    return _over(values, valid, numbers(sequence), mean=mean)
+
+
+def _over(values: Tensor, valid: Tensor, number: Tensor, *, mean: bool) -> Tensor:
     total = values.new_zeros(values.shape).index_add(0, number, torch.where(valid, values, 0.0))
     if mean:
         total = total / values.new_zeros(values.shape).index_add(0, number, valid.to(values.dtype)).clamp(min=1)
@@ -46,16 +49,16 @@ def row_weights(
     if aggregate == "token_mean":
         return None, None
     assert sequence is not None  # such an objective needs "sequences"
-    share = None
+    number, share = numbers(sequence), None
     if aggregate == "sequence_mean_token_mean":
         ones = torch.ones(sequence.shape, dtype=dtype, device=sequence.device)
-        share = over_sequences(ones, valid, sequence, mean=False).clamp(min=1).reciprocal()
-    return share, _sequences(sequence).float()
+        share = _over(ones, valid, number, mean=False).clamp(min=1).reciprocal()
+    return share, _count(number).float()
 
 
-def _sequences(sequence: Tensor) -> Tensor:
+def _count(number: Tensor) -> Tensor:
     """How many sequences there are, those without a valid label among them: 0-dim int64."""
-    return numbers(sequence).max() + 1 if sequence.numel() else sequence.new_zeros(())
+    return number.max() + 1 if number.numel() else number.new_zeros(())
 
 
 def count_items(
@@ -89,7 +92,7 @@ def count_items(
         if aggregate == "token_mean":
             total = total + (labels != ignore_index).sum().to(total)
         elif sequence is not None:
-            total = total + _sequences(sequence.reshape(-1)).to(total)
+            total = total + _count(numbers(sequence.reshape(-1))).to(total)
         elif labels.ndim == 2:
             total = total + labels.shape[0]
         else:

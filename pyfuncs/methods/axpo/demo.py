@@ -19,7 +19,6 @@ One update a batch, on the policy that sampled: the ratio is 1 and the clip at 0
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from ... import objectives
 from ...ops.row_loss import row_loss
+from ..demo_results import publish
 from ..intervals import interval
 from .demo_options import AXPODemoOptions
 from .plan import Rules, credit, mean_probability, normalise, select, stream_masks, token_weights, triggered
@@ -303,12 +303,7 @@ def run(options: AXPODemoOptions) -> dict[str, Any]:
         results["seeds"].append(entry)
     results["seconds"] = time.perf_counter() - started
     results = _rounded(results)  # what is shown is what the file holds
-    out = Path(options.output)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, out / "curves.png")
-    print("\n" + table(results))
-    print(f"\nwritten: {out / 'results.json'}, {out / 'curves.png'} ({results['seconds'] / 60:.1f} minutes in all)")
+    publish(results, Path(options.output), table, plot)
     return results
 
 

@@ -10,12 +10,8 @@ from ..options import Option, count, mapping, natural, nonnegative, one_of, outp
 
 #: What --set may not name, because an option of our own does.
 OWN_FIELDS = {
-    "output_dir": "--output", "learning_rate": "--learning-rate", "per_device_train_batch_size": "--batch-size",
-    "gradient_accumulation_steps": "--accumulation", "max_steps": "--max-steps", "num_train_epochs": "--epochs",
-    "seed": "--seed", "save_steps": "--save-steps", "logging_steps": "--logging-steps",
-    "resume_from_checkpoint": "--resume", "num_generations": "--generations", "resample_budget": "--budget",
-    "num_resamples": "--resamples", "axpo_norm": "--norm", "confidence": "--confidence",
-    "max_completion_length": "--max-completion-length",
+    "num_generations": "--generations", "resample_budget": "--budget", "num_resamples": "--resamples",
+    "axpo_norm": "--norm", "confidence": "--confidence", "max_completion_length": "--max-completion-length",
 }  # fmt: skip
 SYSTEM = (
     "You are a helpful assistant. Use the tool where it helps. "

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from ..data import TASK_PREFIX, TaskData, _check_value, _parse, load_task
+from ..data import TASK_PREFIX, TaskData, check_value, jsonl_rows, load_task
 from ..functions import load_function
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -48,26 +47,16 @@ def load_questions(source: str, arguments: dict, system: str) -> tuple[list[dict
 
 
 def _read(path: str) -> list[dict]:
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"data file {path}: {'is a directory' if file.is_dir() else 'no such file'}")
     rows: list[dict] = []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            row = _parse(line, where)
-            if "prompt" not in row:
-                raise ValueError(f"{where}: a row needs a prompt; got {', '.join(sorted(row)) or 'nothing'}")
-            if _check_value("prompt", row["prompt"], where) == "text" and not row["prompt"].strip():
-                raise ValueError(f"{where}: 'prompt' is empty")
-            if rows and row.keys() != rows[0].keys():
-                here, first = (", ".join(sorted(r)) for r in (row, rows[0]))
-                raise ValueError(f"{where}: this row has {here}, the first {first}")
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"data file {path}: no rows")
+    for where, row in jsonl_rows(path):
+        if "prompt" not in row:
+            raise ValueError(f"{where}: a row needs a prompt; got {', '.join(sorted(row)) or 'nothing'}")
+        if check_value("prompt", row["prompt"], where) == "text" and not row["prompt"].strip():
+            raise ValueError(f"{where}: 'prompt' is empty")
+        if rows and row.keys() != rows[0].keys():
+            here, first = (", ".join(sorted(r)) for r in (row, rows[0]))
+            raise ValueError(f"{where}: this row has {here}, the first {first}")
+        rows.append(row)
     return rows
 
 

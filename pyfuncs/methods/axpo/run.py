@@ -10,7 +10,7 @@ from typing import Any
 from ..functions import load_function
 from ..models import PACKAGED, check_model_name, load_model
 from ..processes import world_size
-from ..run_directory import RunDirectory, note, quiet_bars, trainer_arguments
+from ..run_directory import RunDirectory, note, quiet_bars, train_and_save, trainer_arguments
 from .calculator import calculator
 from .options import OWN_FIELDS
 from .questions import load_questions, reward_function
@@ -60,12 +60,10 @@ def prepare(options: dict[str, Any]):
 def train(prepared) -> None:
     """Train and save what ``prepare`` made; a summary goes to stdout."""
     trainer, directory = prepared
-    first, checkpoint = trainer.is_world_process_zero(), directory.checkpoint
+    first = trainer.is_world_process_zero()
     if first:
         directory.begin()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model(str(directory.path))
-    trainer.save_state()
+    result = train_and_save(trainer, directory.path, directory.checkpoint)
     if first:
         print(f"{directory.path}: {trainer.state.global_step} steps, mean training loss {result.training_loss:.6g}")
 

@@ -8,7 +8,6 @@ answer 75% of the time.  All arms train from it with one optimizer, on one colle
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import statistics
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
+from ..demo_results import publish
 from ..intervals import interval
 from .demo_options import DriftDemoOptions
 from .engines import TransformersEngine
@@ -202,10 +202,7 @@ def run(options: DriftDemoOptions) -> dict:
         enable_progress_bars()
         bar.close()
     results["seconds"] = time.perf_counter() - started
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, out / "curves.png")
-    print("\n" + table(results))
-    print(f"\nwritten: {out / 'results.json'}, {out / 'curves.png'} ({results['seconds'] / 60:.1f} minutes in all)")
+    publish(results, out, table, plot)
     return results
 
 

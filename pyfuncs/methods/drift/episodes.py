@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..run_directory import write_json
 from .engines import Engine, turn_seed
 from .episode import Episode, parse, read_episodes
 from .returns import SUCCESS
@@ -148,9 +149,7 @@ def _prepare(path: Path, record: dict, wanted: set) -> dict:
         raise ValueError(f"{path}: exists without {beside.name}, so what made it is unknown: choose another file")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = beside.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(temporary, beside)
+        write_json(beside, record)
     content = path.read_bytes() if path.exists() else b""
     whole = content.rfind(b"\n") + 1
     if whole < len(content):

@@ -11,10 +11,7 @@ from ..options import Option, count, flag, mapping, natural, nonnegative, number
 
 #: What --set may not name, because an option of our own does.
 OWN_FIELDS = {
-    "output_dir": "--output", "learning_rate": "--learning-rate", "per_device_train_batch_size": "--batch-size",
-    "gradient_accumulation_steps": "--accumulation", "max_steps": "--max-steps", "num_train_epochs": "--epochs",
-    "max_length": "--max-length", "seed": "--seed", "save_steps": "--save-steps", "logging_steps": "--logging-steps",
-    "resume_from_checkpoint": "--resume",
+    "max_length": "--max-length",
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (

@@ -18,11 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoints
-from ..data import TaskData, load_data, load_task
+from ..data import EVALUATION_SEED, TaskData, load_data, load_task
 from ..models import check_model_name, load_model, load_tokenizer
 from ..processes import world_size
 from ..progress import show_loss
-from ..run_directory import RunDirectory, note, quiet_bars, trainer_arguments, write_json
+from ..run_directory import (
+    RunDirectory,
+    note,
+    quiet_bars,
+    set_aside,
+    train_and_save,
+    trainer_arguments,
+    write_json,
+)
 from .engines import Engine, TransformersEngine, VLLMEngine
 from .episode import Episode, read_episodes
 from .episodes import collect, settings_file, solved_at
@@ -37,8 +45,6 @@ DONE = "round.json"
 _MAY_CHANGE = (
     "resume", "overwrite", "output", "save_steps", "logging_steps", "eval_size", "collect_only", "refresh", "server",
 )  # fmt: skip
-#: Problems to evaluate on are drawn with a seed that no training set of ordinary seeds has.
-_EVALUATION_SEED = 1_000_003
 
 
 @dataclass
@@ -56,7 +62,7 @@ class Run:
 
 def prepare(options: dict[str, Any]) -> Run:
     """A run of merged options.  ValueError, in one line, for anything wrong with the input; nothing is written."""
-    weights = WeightOptions.of(_Named(options))
+    weights = _weights(options)
     if not 0 < options["top_p"] <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1; got {options['top_p']}")
     options["processes"] = world_size()
@@ -127,7 +133,7 @@ def _round(it: Run, number: int, folder: Path, source: str) -> bool:
             max_turns=options["max_turns"], feedback=options["feedback"], seed=f"{options['seed']}/{number}",
             batch_size=options["rollout_batch"], settings={k: options[k] for k in names},
         )  # fmt: skip
-    weights = WeightOptions.of(_Named(options))
+    weights = _weights(options)
     try:
         found = weigh(episodes, weights).statistics
     except ValueError as error:  # no defect: what was collected has no row for these options
@@ -143,15 +149,10 @@ def _round(it: Run, number: int, folder: Path, source: str) -> bool:
     show_loss(trainer)
     first = trainer.is_world_process_zero()
     if first:
-        for cut, problem in broken:
-            note(f"{cut.name} is not whole ({problem}): set aside as {checkpoints.set_aside(cut).name}")
+        set_aside(broken)
         if checkpoint:
             note(f"resuming from {folder.name}/{checkpoint.name}")
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.is_fsdp_enabled:  # by default FSDP saves shards alone, which no from_pretrained reads
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(folder))
-    trainer.save_state()
+    result = train_and_save(trainer, folder, checkpoint)
     if first:
         write_json(folder / DONE, {**found, "steps": trainer.state.global_step})
         print(f"{folder}: {trainer.state.global_step} steps, mean training loss {result.training_loss:.6g}; {shown}")
@@ -189,7 +190,7 @@ def _check_whole(path: str, episodes: list[Episode]) -> None:
 def _evaluate(it: Run, source: str) -> None:
     options = it.options
     assert it.data is not None  # prepare() has seen to it
-    arguments = {**options["data_args"], "size": options["eval_size"], "seed": _EVALUATION_SEED}
+    arguments = {**options["data_args"], "size": options["eval_size"], "seed": EVALUATION_SEED}
     fresh = load_task(it.data.name, **arguments)
     model, tokenizer = load_model(source)
     turns = options["max_turns"]
@@ -205,8 +206,5 @@ def _evaluate(it: Run, source: str) -> None:
     print(f"{source}: of {len(at)} new problems {first:.1%} solved at turn 1, {last:.1%} within {turns}")
 
 
-class _Named:
-    """A mapping's values as attributes."""
-
-    def __init__(self, values: dict[str, Any]):
-        self.__dict__.update(values)
+def _weights(options: dict[str, Any]) -> WeightOptions:
+    return WeightOptions(**{name: options[name] for name in WeightOptions.__dataclass_fields__}).check()

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from ..data import parse_row
 from .leaks import normalise
 
 
@@ -126,15 +127,8 @@ def read_rows(path: str | Path) -> list[dict]:
     """Objects of a JSONL file.  ValueError, beginning "FILE:LINE: ", for a malformed line; OSError for no file."""
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a row must be a JSON object; got {type(row).__name__}")
-        rows.append(row)
+        if line.strip():
+            rows.append(parse_row(line, f"{path}:{number}"))
     return rows
 
 

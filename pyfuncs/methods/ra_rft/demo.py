@@ -10,7 +10,6 @@ Contexts, GRPO and rewards are ``RARFTTrainer``'s, which is TRL's; the retriever
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import random
 import shutil
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..demo_results import publish
 from .context import Template, with_context
 from .corpus import Document, Hit, Searcher
 from .demo_options import RARFTDemoOptions
@@ -334,8 +334,5 @@ def run(options: RARFTDemoOptions) -> dict:
             results["seeds"] = list(tqdm(made, total=len(seeds), desc="seeds"))
         shutil.rmtree(out / "base")
     results["seconds"] = time.perf_counter() - started
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, out / "curves.png")
-    print("\n" + table(results))
-    print(f"\nwritten: {out / 'results.json'}, {out / 'curves.png'} ({results['seconds'] / 60:.1f} minutes in all)")
+    publish(results, out, table, plot)
     return results

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,10 +187,3 @@ def _sample(model, tokenizer, prompt, count: int, tokens: int, temperature: floa
             num_return_sequences=count, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
     return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -10,10 +10,7 @@ from ..options import Option, count, flag, mapping, natural, nonnegative, one_of
 
 #: What --set may not name, because an option of our own does.
 OWN_FIELDS = {
-    "output_dir": "--output", "learning_rate": "--learning-rate", "per_device_train_batch_size": "--batch-size",
-    "gradient_accumulation_steps": "--accumulation", "max_steps": "--max-steps", "num_train_epochs": "--epochs",
-    "num_generations": "--generations", "max_completion_length": "--max-completion-length", "seed": "--seed",
-    "save_steps": "--save-steps", "logging_steps": "--logging-steps", "resume_from_checkpoint": "--resume",
+    "num_generations": "--generations", "max_completion_length": "--max-completion-length",
     "temperature": "--temperature",
 }  # fmt: skip
 

@@ -17,13 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoints
-from ..data import TASK_PREFIX, TaskData, load_data, prompt
+from ..data import TASK_PREFIX, TaskData, jsonl_rows, load_data, prompt
 from ..functions import load_function
 from ..models import check_model_name, load_model, load_tokenizer
 from ..processes import world_size
-from ..run_directory import RunDirectory, note, quiet_bars, trainer_arguments
+from ..run_directory import (
+    RunDirectory,
+    note,
+    quiet_bars,
+    set_aside,
+    train_and_save,
+    trainer_arguments,
+    write_whole,
+)
 from .corpus import Document, as_corpus, as_questions, question_id, read_rows, text_of
-from .labels import build_labels, write_whole
+from .labels import build_labels
 from .leaks import LeakGuard
 from .options import OWN_FIELDS
 from .rewards import BadData, boxed, last_boxed, text_of_completion
@@ -168,8 +176,7 @@ def _retriever(made: Prepared, output: Path):
         temperature=options["retriever_temperature"], seed=options["seed"], **how,
     )  # fmt: skip
     checkpoint, broken = checkpoints.newest(folder)
-    for cut, problem in broken:
-        note(f"{cut.name} is not whole ({problem}): set aside as {checkpoints.set_aside(cut).name}")
+    set_aside(broken)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     retriever = trainer.retriever()
     if trainer.held_out:
@@ -211,11 +218,9 @@ def _policy(made: Prepared, contexts: Path) -> None:
     )  # fmt: skip
     head = fuse_policy_head(trainer) if options["head"] == "fused" else None
     show_loss(trainer)
-    trainer.train(resume_from_checkpoint=str(directory.checkpoint) if directory.checkpoint else None)
+    train_and_save(trainer, directory.path, directory.checkpoint)
     if head:
         head.restore()
-    trainer.save_model(str(directory.path))
-    trainer.save_state()
     if trainer.is_world_process_zero():
         rewards = [e["reward"] for e in trainer.state.log_history if "reward" in e]
         mean = f", mean reward {sum(rewards) / len(rewards):.4g}" if rewards else ""
@@ -260,12 +265,7 @@ def read_corpus(source: str, arguments: dict) -> list[Document]:
 
 
 def _file(source: str, what: str) -> list[dict]:
-    if not Path(source).is_file():
-        raise ValueError(f"{what} file {source}: {'is a directory' if Path(source).is_dir() else 'no such file'}")
-    rows = read_rows(source)
-    if not rows:
-        raise ValueError(f"{what} file {source}: no rows")
-    return rows
+    return [row for _, row in jsonl_rows(source, f"{what} file")]
 
 
 def _benchmarks(source: str | None) -> list[str]:
