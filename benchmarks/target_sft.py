@@ -75,7 +75,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from burnish import Teacher, linear_loss, objectives
-from burnish.methods import accuracy
+from burnish.methods import accuracy, intervals
 from burnish.methods.data import TaskData, load_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -445,15 +445,10 @@ def choose_rates(settings: Settings, runs: list[dict]) -> dict[str, dict]:
     return chosen
 
 
-#: 97.5 % point of Student's t by degrees of freedom.
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 14: 2.145, 19: 2.093}
-
-
 def interval(values: list[float]) -> dict:
     """Mean and half width of the 95 % interval (null for one value)."""
-    n = len(values)
-    half = T[n - 1] * statistics.stdev(values) / n**0.5 if n > 1 else None
-    return {"mean": statistics.fmean(values), "half": half}
+    mean, half = intervals.interval(values)
+    return {"mean": mean, "half": half if len(values) > 1 else None}
 
 
 def summarise(settings: Settings, runs: list[dict]) -> dict:

@@ -7,7 +7,10 @@ import statistics
 from collections.abc import Sequence
 
 #: Student's t, two-sided 95%, for 1, 2, ... degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093,
+)  # fmt: skip
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

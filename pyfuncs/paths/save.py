@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -139,8 +140,6 @@ def _copy(reader, writer, start: int, end: int, progress) -> None:
             try:
                 done = os.copy_file_range(reader.fileno(), writer.fileno(), count, start)
             except OSError as error:
-                import errno
-
                 if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                     raise
                 inside = False

@@ -3,9 +3,8 @@
 A transformers MiniMax model of about 0.2M parameters: two layers of lightning attention and two of softmax attention
 without positions (rotary angles divided by 1e9).  First it learns to recall values of keys hidden among fillers, with
 a little of the chain below; then it is fine-tuned on the chain alone, each of whose steps needs the two tokens before
-it.  Then every restore of the paper's ablation, the wrong one (queries and keys of the linear layers), and two
-regimes in which there is little to
-repair: fine-tuning on a chain over other tokens, and with a little recall mixed in.
+it.  Then every restore of the paper's ablation, the wrong one (queries and keys of the linear layers), and two regimes
+in which there is little to repair: fine-tuning on a chain over other tokens, and with a little recall mixed in.
 """
 
 from __future__ import annotations
