@@ -41,7 +41,9 @@ def test_gradcheck(backend, reduction, device):
 def test_one_token_a_side_is_a_product(backend, device):
     queries, documents, *_ = operands(device=device, grad=False)
     a, b = queries[:, :1], documents[:, :1]
-    torch.testing.assert_close(maxsim(a, b, backend=backend), a[:, 0] @ b[:, 0].T, rtol=0, atol=1e-14)
+    for reduction in ("sum", "mean"):  # of one token
+        got = maxsim(a, b, reduction=reduction, backend=backend)
+        torch.testing.assert_close(got, a[:, 0] @ b[:, 0].T, rtol=0, atol=1e-14)
 
 
 def test_a_document_without_a_token_is_left_out_of_a_softmax(backend, device):

@@ -9,6 +9,7 @@ import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from burnish.methods.ra_rft.infonce import infonce
+from burnish.methods.ra_rft.retriever import Embedded, InfoNCELoss
 
 
 def problem(queries=4, documents=8, seed=0):
@@ -122,6 +123,18 @@ def test_r8_a_query_in_two_rows_with_a_positive_each():
     want = 6 * theirs(queries, documents)
     torch.testing.assert_close(infonce(scores[once], positives[once]), want, rtol=1e-9, atol=1e-9)
     assert abs(infonce(scores[once], positives[once], mask_other_positives=True) - want) > 1e-2
+
+
+def test_a_document_that_two_rows_brought_counts_once():
+    queries, documents = (x.detach() for x in in_batch())
+    documents[2] = documents[0]
+    queries, documents = (torch.nn.functional.normalize(x, dim=-1) for x in (queries, documents))
+    labels = torch.tensor([[0, 0], [1, 1], [2, 0], [3, 2], [4, 3], [5, 4]])
+    loss = InfoNCELoss(None, labels.tolist(), 5)
+    got = loss.of_embeddings(Embedded(queries), Embedded(documents), labels)
+    once = torch.tensor([0, 1, 3, 4, 5])
+    positives = labels[:, 1:] == labels[once, 1]
+    torch.testing.assert_close(got, infonce(queries @ documents[once].T, positives, reduction="mean"))
 
 
 def test_a_document_that_is_left_out():
