@@ -38,6 +38,7 @@ from peers import OBJECTIVES, POLICY, Problem, Way, exact, has_teacher, our_ways
 
 import burnish
 from burnish.kernels import dispatch
+from burnish.ops import gemm
 from burnish.ops.geometry import default_rows
 
 SHAPES = ["1024,576,49152", "4096,576,49152", "2048,1536,151936"]
@@ -100,7 +101,9 @@ def floor_call(p: Problem, native: bool, teacher: bool, logits: int) -> Callable
     """
     low, cuda = p.weight.dtype != torch.float32, p.weight.device.type == "cuda"
     n, v = p.hidden.shape[0], p.weight.shape[0]
-    chunk = default_rows(n, "upcast" if low and not cuda else "native", p.weight.device.type)
+    kernels = dispatch.resolve("auto", p.weight.device)
+    how = gemm.mode(p.weight.dtype, p.weight.dtype, p.weight.device, torch.float32, kernels)
+    chunk = default_rows(n, how, p.weight.device.type, teacher=teacher)
     mixed = {"out_dtype": torch.float32} if low and native and cuda else {}
 
     def call() -> None:

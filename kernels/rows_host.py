@@ -13,7 +13,7 @@ import torch
 from .contract import COEF, STATE, STATISTICS, RowSpec, coefficients, finalize, new_state
 from .host_build import library, obstacle
 
-__all__ = ["Launch", "bind", "check_against_twin", "fold", "fold_jsd", "grad", "library", "obstacle"]
+__all__ = ["Launch", "bind", "check_against_twin", "fold", "fold_jsd", "grad", "library", "obstacle", "scaled"]
 
 BLOCK = 1024  # columns a thread holds at once; BLOCK of rows.cpp is the most, and 16 the least
 
@@ -44,6 +44,10 @@ def bind(lib: ctypes.CDLL) -> bool:
     for name in ("fold", "fold_jsd", "grad"):
         function = getattr(lib, f"burnish_{name}")
         function.argtypes, function.restype = [ctypes.POINTER(Launch), ctypes.c_int32], None
+    lib.burnish_scaled.argtypes = [
+        ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64,
+    ]  # fmt: skip
+    lib.burnish_scaled.restype = None
     rows = ";".join("".join(f"{n}," for n in names) for names in (STATE, COEF))
     return lib.burnish_layout().decode().startswith(rows + ";") and lib.burnish_launch_bytes() == ctypes.sizeof(Launch)
 
@@ -162,3 +166,10 @@ def grad(
         "grad", tile, teacher, coef, target, spec, start, inv_temp, teacher_inv_temp, out=out, ids=ids,
         ids_grad=ids_grad, reads_teacher=spec.mix_teacher or spec.has("cross", "other", "jsd"),
     )  # fmt: skip
+
+
+def scaled(x: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
+    """factor x in ``dtype``, of a contiguous fp32 tensor: one pass, one rounding after the product's own in fp32."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    library().burnish_scaled(x.data_ptr(), factor, out.data_ptr(), _TYPES[dtype], x.numel())
+    return out

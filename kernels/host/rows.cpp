@@ -519,6 +519,20 @@ EXPORT void burnish_grad(const Launch* l, int32_t wide) {
   else over_rows(*l, [&](int64_t r) { grad_row<float>(*l, r); });
 }
 
+// out = factor x, rounded once to its type
+EXPORT void burnish_scaled(const float* x, float factor, void* out, int32_t type, int64_t n) {
+  constexpr int64_t w = Vec<float>::size();
+  at::parallel_for(0, (n + BLOCK - 1) / BLOCK, MIN_WORK / BLOCK, [=](int64_t begin, int64_t end) {
+    alignas(64) float buffer[BLOCK];
+    for (int64_t first = begin * BLOCK; first < std::min(end * BLOCK, n); first += BLOCK) {
+      const int64_t count = std::min(BLOCK, n - first), whole = count / w * w;
+      for (int64_t k = 0; k < whole; k += w) (load(x + first + k) * Vec<float>(factor)).store(buffer + k);
+      for (int64_t k = whole; k < count; k++) buffer[k] = x[first + k] * factor;
+      write(buffer, static_cast<char*>(out) + first * item(type), type, count);
+    }
+  });
+}
+
 #define TEXT(x) #x
 #define TEXT_OF(x) TEXT(x)
 

@@ -91,6 +91,7 @@ class Task:
     metrics: tuple[str, ...]
     teacher: str  # "", "hidden", "logits" or "topk"
     tail: str
+    backend: str  # resolved
 
     @classmethod
     def bind(cls, key: str, transforms: Transforms, *, metrics: str, backend: str, device: torch.device,
@@ -102,8 +103,8 @@ class Task:
             teacher_temperature=transforms.teacher_temperature != 1.0 or o.temperature != 1.0,
         )  # fmt: skip
         names = tuple(n for n in metrics.split(",") if n)
-        kernels = dispatch.rows(dispatch.resolve(backend, device))
-        return cls(o, spec, kernels, dtype, names, teacher, tail)
+        backend = dispatch.resolve(backend, device)
+        return cls(o, spec, dispatch.rows(backend), dtype, names, teacher, tail, backend)
 
     def with_stats(self, names) -> RowSpec:
         return replace(self.spec, stats=_ALWAYS | frozenset(names))

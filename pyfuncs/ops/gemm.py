@@ -2,54 +2,65 @@
 
 Large products belong to the vendor's library.  What differs by device is how its accumulator is
 reached: fp32 and fp64 operands have it anyway; CUDA writes fp32 from low-precision operands
-(``out_dtype``); elsewhere a slab of the weight is cast up, which costs V H reads and is exact, since a
-product of two bf16 numbers fits in fp32.
+(``out_dtype``), and so do this library's own products on CPUs with tile registers (AMX), where torch has none;
+elsewhere a slab of the weight is cast up, which costs V H reads and is exact, since a product of two bf16
+numbers fits in fp32.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ..kernels import gemm_host
+
 #: Bytes of the copy of a weight slab in the accumulator's dtype, on devices without a mixed-precision product.
 SLAB_BYTES = 4 << 20
 
 
-def mode(weight_dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device, dtype: torch.dtype) -> str:
-    """How logits of ``dtype`` are made.
+def mode(
+    weight_dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device, dtype: torch.dtype, backend: str
+) -> str:  # fmt: skip
+    """How logits of ``dtype`` are made; ``backend`` is resolved.
 
     "native": the operands have that dtype; "mixed": fp32 out of low-precision products; "upcast": slabs cast up.
     """
     if weight_dtype == compute_dtype == dtype:
         return "native"
     low = compute_dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
+    if backend == "host" and low and weight_dtype == compute_dtype == torch.bfloat16 and gemm_host.supported():
+        return "mixed"
     return "mixed" if device.type == "cuda" and low else "upcast"
 
 
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
-    """out = a b, or += with ``add``; in out's dtype, whatever the operands' (where these differ: on CUDA alone)."""
+    """out = a b, or += with ``add``; in out's dtype; where the operands' is another, what ``mode`` calls mixed."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif a.device.type == "cpu" and a.dtype == torch.bfloat16:
+        gemm_host.product(a, b, out, add=add)
     elif add:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def teacher_head(teacher: list[torch.Tensor], dtype: torch.dtype) -> Head:
+def teacher_head(teacher: list[torch.Tensor], dtype: torch.dtype, backend: str) -> Head:
     """The head of a teacher given by hidden states, for logits of ``dtype``; its own precision is kept."""
     own = teacher[1].dtype
-    return Head(teacher[1], teacher[2] if len(teacher) > 2 else None, own if own.itemsize < 4 else dtype, dtype)
+    bias = teacher[2] if len(teacher) > 2 else None
+    return Head(teacher[1], bias, own if own.itemsize < 4 else dtype, dtype, backend)
 
 
 class Head:
     """z = x W^T + b and its two transposes.  weight (V, H), bias (V,) or None."""
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, compute_dtype: torch.dtype, dtype: torch.dtype
+        self, weight: torch.Tensor, bias: torch.Tensor | None, compute_dtype: torch.dtype, dtype: torch.dtype,
+        backend: str,
     ):  # fmt: skip
         """``dtype`` of logits and accumulators; ``compute_dtype`` of the operands where products of it make that."""
         self.dtype = dtype
-        self.mode = mode(weight.dtype, compute_dtype, weight.device, dtype)
+        self.mode = mode(weight.dtype, compute_dtype, weight.device, dtype, backend)
         self.weight = weight.to(compute_dtype) if self.mode == "mixed" else weight
         self.bias = bias
         self.operand = compute_dtype if self.mode == "mixed" else self.dtype

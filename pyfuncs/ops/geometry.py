@@ -15,8 +15,11 @@ from . import gemm
 #: its product: at C = 256 that is 64 FLOPs a byte, at 1024 on a GPU 256.
 DEFAULT_ROWS = {"cpu": 256}
 DEFAULT_ROWS_GPU = 1024
-#: Where the weight is cast up, twice a chunk, chunks grow with the rows, as far as this.
-MOST_CAST_ROWS = 1024
+#: On a CPU a low-precision weight is cast up or packed twice a chunk: there chunks grow with the rows, as far as this.
+MOST_LOW_ROWS = 1024
+
+#: Packed operands and parts of results that the host's products hold for a moment.
+PACKED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,14 @@ def whole_columns(vocabulary: int) -> int:
     return -(-vocabulary // 16) * 16
 
 
-def default_rows(rows: int, mode: str, device: str) -> int:
-    """Tokens a chunk without a budget; ``mode`` is ``gemm.mode``'s."""
+def default_rows(rows: int, mode: str, device: str, *, teacher: bool = False) -> int:
+    """Tokens a chunk without a budget; ``mode`` is ``gemm.mode``'s, ``teacher``: whether its logits have a tile too."""
     default = DEFAULT_ROWS.get(device, DEFAULT_ROWS_GPU)
-    # at most a quarter of the logits that exist otherwise
-    return max(default, min(rows // 4, MOST_CAST_ROWS)) if mode == "upcast" else default
+    if mode == "native" or (mode == "mixed" and device != "cpu"):
+        return default
+    # a part of the logits that exist otherwise: tiles are fp32, and products of bf16 alone fast enough to feel a chunk
+    part = 2 if mode == "mixed" and not teacher else 4
+    return max(default, min(rows // part, MOST_LOW_ROWS))
 
 
 def chunks(
@@ -57,10 +63,10 @@ def chunks(
     """
     acc = accumulator(compute_dtype)
     size, low = acc.itemsize, compute_dtype.itemsize
-    mode = gemm.mode(weight_dtype, compute_dtype, device, acc)
+    mode = gemm.mode(weight_dtype, compute_dtype, device, acc, backend)
     width = vocabulary if teacher == "logits" else whole_columns(vocabulary)
     per_row = width * size
-    if mode == "mixed":
+    if mode == "mixed" and backend != "host":
         per_row += width * low
     if teacher in ("hidden", "topk"):
         per_row += width * size
@@ -72,6 +78,8 @@ def chunks(
     fixed = (64 + 3 * size * inputs) * rows + (1 << 20)
     if hidden_grad and compute_dtype != acc:
         fixed += rows * hidden * size
+    if mode == "mixed" and backend == "host":
+        fixed += PACKED_BYTES
     if mode == "upcast":
         fixed += 2 * gemm.SLAB_BYTES
     if mode == "mixed" and weight_dtype != compute_dtype:
@@ -84,7 +92,9 @@ def chunks(
     if backend == "torch" or (backend == "host" and teacher == "topk"):
         fixed += scratch_bytes(vocabulary, size)
     if budget is None:
-        budget = fixed + per_row * min(default_rows(rows, mode, device.type), max(rows, 1))
+        budget = fixed + per_row * min(
+            default_rows(rows, mode, device.type, teacher=teacher in ("hidden", "topk")), max(rows, 1)
+        )
     count = (budget - fixed) // per_row
     if count < 1:
         raise ValueError(f"budget must be at least {fixed + per_row} bytes for these shapes; got {budget}")
@@ -125,11 +135,12 @@ def slabs(
     """
     acc = accumulator(compute_dtype)
     size = acc.itemsize
-    mode = gemm.mode(weight_dtype, compute_dtype, device, acc)
+    mode = gemm.mode(weight_dtype, compute_dtype, device, acc, backend)
     tiles = size * (1 + (teacher in ("hidden", "topk")) + extra_tiles)
     if mode == "mixed":
         tiles += compute_dtype.itemsize
-    fixed = (1 << 20) + rows * (3 * hidden * size + (3 * len(STATE) + 4 * len(COEF) + 64) * 8 + 96 * ids)
+    fixed = PACKED_BYTES if mode == "mixed" and backend == "host" else 1 << 20
+    fixed += rows * (3 * hidden * size + (3 * len(STATE) + 4 * len(COEF) + 64) * 8 + 96 * ids)
     twin = backend == "torch" or (backend == "host" and teacher == "topk")
 
     def cost(r: int, v: int) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch
+from ..kernels import dispatch, rows_host
 from ..kernels.launch import accumulator
 from . import geometry, shards
 from .core import (
@@ -235,13 +235,13 @@ class _Pass:
         self.all_rows = rows
         self.rows, self.real = _take_rows(rows, self.index, target, num_valid)
         self.count = self.rows.target.shape[0]
-        self.head = Head(weight, bias, compute_dtype, task.dtype)
-        self.teacher_head = teacher_head(teacher, task.dtype) if teacher_kind == "hidden" else None
+        self.head = Head(weight, bias, compute_dtype, task.dtype, task.backend)
+        self.teacher_head = teacher_head(teacher, task.dtype, task.backend) if teacher_kind == "hidden" else None
         self.geometry = geometry.chunks(
             rows=hidden.shape[0], vocabulary=weight.shape[0], hidden=hidden.shape[1],
             teacher_hidden=teacher[0].shape[1] if teacher_kind == "hidden" else 0, weight_dtype=weight.dtype,
             compute_dtype=compute_dtype, device=device, teacher=teacher_kind, weight_grad=bool(needs & WEIGHT_GRAD),
-            bias_grad=bool(needs & BIAS_GRAD), backend=dispatch.resolve(backend, device),
+            bias_grad=bool(needs & BIAS_GRAD), backend=task.backend,
             budget=None if budget < 0 else budget,
             hidden_grad=bool(needs & HIDDEN_GRAD),
             ids=(teacher[0].shape[1] if teacher_kind == "topk" else 0) + (0 if ids is None else ids.shape[1]),
@@ -260,7 +260,10 @@ class _Pass:
                 self.rows.ids = torch.where(self.rows.ids >= self.columns, -1, self.rows.ids)
         self.tile = torch.empty(size, width, dtype=task.dtype, device=device)
         self.out = self.tile
-        if self.head.mode == "mixed" and needs:
+        if self.head.mode == "mixed" and needs and task.backend == "host":
+            # in the tile's own memory: a thread of the host's kernel reads a block of a row before it writes it
+            self.out = self.tile.view(self.head.operand)[:, :width]
+        elif self.head.mode == "mixed" and needs:
             self.out = torch.empty(self.tile.shape, dtype=self.head.operand, device=device)
         # with a teacher's head or list its logits need a tile of their own
         self.teacher_tile = self.tile.new_empty(self.tile.shape if teacher_kind in ("hidden", "topk") else (0,))
@@ -418,11 +421,13 @@ def _(hidden, weight, bias, target, token_weight, temperature, denominator, ids,
     return one, hidden.new_empty((count, n), dtype=dtype), dx, dw, db, hidden.new_empty((), dtype=dtype)
 
 
-def _scaled(g: Tensor, factor: Tensor, dtype: torch.dtype, *, own: bool) -> Tensor:
+def _scaled(g: Tensor, factor: Tensor, dtype: torch.dtype, *, own: bool, host: bool) -> Tensor:
     """factor * g, multiplied in g's dtype and rounded once to ``dtype``; in g itself where it is ours to use up."""
     factor = factor.to(g.dtype)
     if dtype == g.dtype:
         return g.mul_(factor) if own else g * factor
+    if host and g.dtype == torch.float32 and g.is_contiguous():
+        return rows_host.scaled(g, factor.item(), dtype)
     if g.ndim < 2:
         return (g * factor).to(dtype)
     out = torch.empty(g.shape, dtype=dtype, device=g.device)
@@ -438,6 +443,7 @@ def _keep(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(table, dx, dw, db, inverse)
     ctx.needs = inputs[22]
+    ctx.host = inputs[-3] != "torch" and dispatch.resolve(inputs[-3], hidden.device, build=False) == "host"
     ctx.inputs, ctx.teachers = len(inputs), len(inputs[9])
     ctx.kinds = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.save_for_backward(dx, dw, db, inverse)
@@ -451,8 +457,9 @@ def _backward(ctx, upstream, *_, eager: bool = False):
     *sums, inverse = ctx.saved_tensors
     own = eager and _owns_what_it_saved(ctx, upstream)
     factor = upstream * inverse
+    host = eager and ctx.host and not _batched(upstream)
     grads = tuple(
-        _scaled(g, factor, dtype, own=own) if ctx.needs & bit else None
+        _scaled(g, factor, dtype, own=own, host=host) if ctx.needs & bit else None
         for g, dtype, bit in zip(sums, ctx.kinds, (HIDDEN_GRAD, WEIGHT_GRAD, BIAS_GRAD), strict=True)
     )
     return *grads, *rest
@@ -464,8 +471,11 @@ def _owns_what_it_saved(ctx, upstream: Tensor) -> bool:
     A graph that is freed after this call has them to itself.  Not so a graph that is kept, whose second backward must
     find them as they were, nor one whose saved tensors a hook holds; and a batch of upstream gradients does not fit.
     """
-    batched = torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(upstream)
-    return not (ctx.hooked or batched or torch._C._autograd._get_current_graph_task_keep_graph())
+    return not (ctx.hooked or _batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def _batched(x: Tensor) -> bool:
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 _linear_loss.register_autograd(_backward, setup_context=_keep)

@@ -105,7 +105,7 @@ def _teacher_tile(task: Task, tile: Tensor, teacher: list[Tensor], rows: Rows) -
     out = torch.empty(tile.shape, dtype=task.dtype, device=tile.device)
     if task.teacher == "topk":
         return dense_teacher(task, out, tile, teacher[0], teacher[1], rows)
-    head = teacher_head(teacher, task.dtype)
+    head = teacher_head(teacher, task.dtype, task.backend)
     return head.project(teacher[0].to(head.operand), out)
 
 

@@ -106,7 +106,7 @@ class Walk:
         self.kernels = dispatch.rows(backend)
         self.teacher = teacher = cut(teacher, o.teacher, head.rows)
         weight_dtype = head.blocks[0].dtype
-        self.mode = gemm.mode(weight_dtype, o.compute, device, self.dtype)
+        self.mode = gemm.mode(weight_dtype, o.compute, device, self.dtype, backend)
         self.operand = o.compute if self.mode == "mixed" else self.dtype
         listed = teacher[0].shape[1] if o.teacher == "topk" else 0
         self.geometry = geometry.slabs(
@@ -120,7 +120,9 @@ class Walk:
         own = o.teacher in ("hidden", "topk")
         self.teacher_buffer = torch.empty_like(self.buffer) if own else self.buffer
         self.raw = torch.empty_like(self.buffer) if keep_raw else None
-        self.teacher_operand = teacher_head(teacher, self.dtype).operand if o.teacher == "hidden" else self.dtype
+        self.teacher_operand = self.dtype
+        if o.teacher == "hidden":
+            self.teacher_operand = teacher_head(teacher, self.dtype, backend).operand
         self.tail = tail
         if o.tail == "student" and tail is None:
             self.tail = self._student_tail()
