@@ -143,8 +143,8 @@ def fold_kernel(
     Z, z_stride, T, t_stride, STATE, state_stride, Y, INV, T_INV, start, columns,
     HAS_T: tl.constexpr, MEAN: tl.constexpr, SQUARE: tl.constexpr, UNIFORM: tl.constexpr, OTHER: tl.constexpr,
     MIX: tl.constexpr, MIX_MEAN: tl.constexpr, FOLD_T: tl.constexpr, CROSS: tl.constexpr, T_ENTROPY: tl.constexpr,
-    T_LABEL: tl.constexpr, HIT: tl.constexpr, ALPHA: tl.constexpr, ETA: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
-    TEMP: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr, T_TEMP: tl.constexpr,
+    T_LABEL: tl.constexpr, HIT: tl.constexpr, ALPHA: tl.constexpr, ETA: tl.constexpr, SCALE: tl.constexpr,
+    CAP: tl.constexpr, TEMP: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr, T_TEMP: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Merge one row of the tile into the state.  Every value of N runs the same binary."""

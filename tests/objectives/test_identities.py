@@ -93,7 +93,7 @@ def test_kd_hybrid_is_a_q_target_up_to_teacher_entropy():
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize(("share", "tau"), [(0.45, 1.2), (0.45, 0.7), (1.0, 3.0), (0.2, 1.0)])
 def test_chain_distillation_as_the_authors_write_it(share, tau, backend):
-    """Value and gradient of (1 - a) CE + a T^2 KL, kl_div on log-softmaxes, under both softcaps; the closed form too."""
+    """Value and gradient of (1 - a) CE + a T^2 KL by torch's kl_div, under both softcaps; and the closed form."""
     z, t, y = data(scale=12.0)
     zr = z.clone().requires_grad_()
     capped, teacher = 15 * (zr / 15).tanh(), 15 * (t / 15).tanh()

@@ -20,7 +20,8 @@ N, V, H = 11, 43, 8
 #: Values that no sum touches, or that a maximum or a choice decides: equal to the bit.
 EXACT = ("label", "hit", "top_entropy", "ids")
 STATS = (
-    "lse", "logp", "mean", "square", "uniform", "mix", "mix_lse", "cross", "other", "jsd", "teacher_logp", "teacher_entropy",
+    "lse", "logp", "mean", "square", "uniform", "mix", "mix_lse", "cross", "other", "jsd", "teacher_logp",
+    "teacher_entropy",
 )  # fmt: skip
 
 

@@ -273,7 +273,8 @@ def test_a_row_does_not_depend_on_the_others(dtype, backend):
     hidden, weight, th, tw = (x.detach() for x in leaves((n, h), (v, h), (n, h), (v, h), dtype=dtype))
     y = labels(n, v, ignored=False)
     names = (
-        "lse", "label", "logp", "mean", "square", "uniform", "mix", "mix_lse", "cross", "other", "jsd", "hit", "top_entropy",
+        "lse", "label", "logp", "mean", "square", "uniform", "mix", "mix_lse", "cross", "other", "jsd", "hit",
+        "top_entropy",
     )  # fmt: skip
 
     def stats(rows):
