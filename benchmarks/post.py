@@ -10,6 +10,12 @@ additive path over every tensor, both flushed likewise.  Before each the checkpo
 far as the system does so on request.  Seconds count from the first read to the last flush; MB/s are bytes of the
 written checkpoint per second, so that the path, which reads two checkpoints, is held to the speed of a copy, which
 reads one.  Peak RSS is VmHWM, reset after imports, less the RSS then; the two checkpoints are bigger by far.
+
+    python benchmarks/post.py chain [... the options of linear_loss.py]
+
+Chain distillation (q0) on an LM head, forward and backward, the teacher given as hidden states: fused beside whole
+logits in plain torch, compiled and not, beside Liger's chunked loss, and over the bare products, with and without q0's
+softcap; measured as benchmarks/linear_loss.py measures losses.  Writes benchmarks/results/post_chain_<device>.json.
 """
 
 from __future__ import annotations
@@ -152,7 +158,18 @@ def measure(options: argparse.Namespace, root: Path) -> dict:
             "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}  # fmt: skip
 
 
+def chain() -> None:
+    from linear_loss import SHAPES, parse, run
+    from peers import CHAIN
+
+    run(parse("Chain distillation on an LM head, fused beside materialised.", CHAIN, CHAIN, SHAPES[:2]), "post_chain")
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["chain"]:
+        del sys.argv[1]
+        chain()
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3)
