@@ -104,7 +104,7 @@ class Ensemble(nn.Module):
             return plain(self.members[0]).config
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.folders[0])
+        return AutoConfig.from_pretrained(str(self.folders[0]))
 
     @contextmanager
     def member(self, i: int) -> Iterator[nn.Module]:

@@ -35,8 +35,8 @@ def load_member(folder: Path, dtype: torch.dtype | str, device: torch.device | N
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"member {folder}: cannot be loaded: {first}") from error
-    model.eval()
-    return model if device is None else model.to(device)
+    moved: nn.Module = model.eval()
+    return moved if device is None else moved.to(device)
 
 
 def vocabulary_of(member: nn.Module | Path) -> int:
@@ -118,22 +118,24 @@ class Decoder:
     """
 
     def __init__(self, member: nn.Module, *, use_cache: bool = True):
-        self.member, model = member, plain(member)
+        self.member = member
+        model: Any = plain(member)
         self.accepts = _parameters(model)
         self.keyword = next((k for k in ("cache", "past_key_values") if k in self.accepts), None)
         self.cache: Any = None
         if use_cache and self.keyword is not None:
             from transformers import DynamicCache
 
-            self.cache = DynamicCache(config=model.config)  # type: ignore[call-arg]
+            self.cache = DynamicCache(config=model.config)
 
     @torch.no_grad()
     def logits(self, ids: Tensor, mask: Tensor | None, keep: int | Tensor) -> Tensor:
         """Logits (B, K, V) at the last ``keep`` positions (0: all; or an index tensor) of the text so far, (B, T)."""
         device = device_of(self.member)
-        ids, given = ids.to(device), {}
+        ids = ids.to(device)
+        given: dict[str, Any] = {}
         new = slice(None)
-        if self.cache is not None:
+        if self.cache is not None and self.keyword is not None:
             new = slice(self.cache.get_seq_length(), None)
             given[self.keyword] = self.cache
         if mask is not None:
