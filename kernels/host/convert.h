@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <ATen/cpu/vec/functional.h>  // with AVX-512 vec.h only declares the conversions from float
 #include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>

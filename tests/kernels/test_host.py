@@ -277,3 +277,6 @@ def test_compiles_for_each_instruction_set(capability, source, tmp_path):
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+    # at::vec is headers alone: what it leaves to the linker no library has
+    symbols = subprocess.run(["nm", "-uC", str(tmp_path / "object.o")], capture_output=True, text=True, check=True).stdout
+    assert "at::vec" not in symbols, symbols
