@@ -122,9 +122,9 @@ class Ensemble(nn.Module):
     def log_probs(self, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
         """log p_i of every label that counts, (M, N) on the CPU in fp32 (fp64 for fp64 members): what a prior reads.
 
-        batches: mappings with "input_ids" (B, T), and "labels" (B, T, -100 where ignored; by default the ids, padding
-        aside) and "attention_mask" (B, T) where there is padding; tokens come in their order.  Each member is loaded
-        once.
+        batches: mappings with "input_ids" (B, T), and "labels" (B, T, -100 where ignored; by default the ids, less
+        padding and what follows it on the left) and "attention_mask" (B, T) where there is padding.  Tokens come in
+        their order; each member is loaded once.
         """
         rows = [_batch(batch) for batch in batches]
         if not rows:
@@ -288,5 +288,8 @@ def _batch(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         if x is not None and x.shape != ids.shape:
             raise ValueError(f"{name} must have the shape of input_ids {tuple(ids.shape)}; got {tuple(x.shape)}")
     if labels is None:
-        labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
+        labels = ids
+        if mask is not None:  # a token after padding has no text before it that it could be scored from
+            before = torch.cat([mask[:, :1], mask[:, :-1]], 1)
+            labels = ids.masked_fill((mask == 0) | (before == 0), IGNORED)
     return ids, labels, mask

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...ops.linear_stats import linear_stats
 from ..frozen import evaluating
 from ..output_head import backbone, base_model, output_head, vocabulary_size
+from .snapshots import quiet_loading
 
 IGNORED = -100
 #: Files of a checkpoint that an export takes: no optimizer, no record of a run, no cached log-probabilities, no code.
@@ -31,7 +32,8 @@ def load_member(folder: Path, dtype: torch.dtype | str, device: torch.device | N
 
     check_model_name(str(folder))
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"member {folder}: cannot be loaded: {first}") from error
