@@ -193,7 +193,7 @@ def traffic(launch: Launch) -> tuple[Counter, Counter]:
         reads["T"] += n * v
     reads["Y"] += programs
     if launch.kernel == "fold_kernel":
-        sums = 2 + on("MEAN", "SQUARE", "OTHER", "HIT") + 2 * on("UNIFORM", "FOLD_T") + 3 * on("MIX")
+        sums = 2 + on("MEAN", "SQUARE", "OTHER", "HIT") + 2 * on("UNIFORM", "FOLD_T", "MIX") + on("MIX_MEAN")
         sums += on("CROSS", "T_ENTROPY") if a["FOLD_T"] else 0
         reads += Counter(Z=labels, T=labels * on("T_LABEL"), T_INV=n, STATE=n * sums)
         writes["STATE"] = n * sums + labels * (1 + on("T_LABEL"))

@@ -15,6 +15,8 @@ come in any number of vocabulary slabs.  From the final state follow the statist
     square  sum_k p_k^2                   2 p_k (p_k - square)
     uniform (1/V) sum_k z_k               1/V
     mix     E_q[z], q = softmax(alpha z + eta t) held constant     q_k
+    mix_lse log sum_k e^{alpha z_k + eta t_k}                      alpha q_k   (alpha = 1/T, eta = 0: lse at a second
+                                          temperature, in the same pass)
     cross   E_T[z]                        T_k
     other   E_p[t]                        p_k (t_k - other)
     jsd     beta KL(T|M) + (1-beta) KL(p|M), M = beta T + (1-beta) p
@@ -64,7 +66,9 @@ COEF = (
 COEF_INDEX = {name: i for i, name in enumerate(COEF)}
 
 #: Statistics with a gradient, in the order in which their upstream gradients are collected.
-DIFFERENTIABLE = ("lse", "label", "logp", "mean", "square", "uniform", "mix", "cross", "other", "jsd", "ids")
+DIFFERENTIABLE = (
+    "lse", "label", "logp", "mean", "square", "uniform", "mix", "mix_lse", "cross", "other", "jsd", "ids",
+)  # fmt: skip
 #: Statistics that objectives may read but not differentiate.
 CONSTANT = ("hit", "top_entropy", "teacher_lse", "teacher_logp", "teacher_entropy")
 STATISTICS = DIFFERENTIABLE + CONSTANT
@@ -100,8 +104,12 @@ class RowSpec:
         return any(n in self.stats for n in names)
 
     @property
+    def folds_mix(self) -> bool:
+        return self.has("mix", "mix_lse")
+
+    @property
     def mix_teacher(self) -> bool:
-        return self.has("mix") and self.eta != 0.0
+        return self.folds_mix and self.eta != 0.0
 
     @property
     def uses_teacher(self) -> bool:
@@ -142,9 +150,12 @@ def finalize(state: torch.Tensor, spec: RowSpec) -> dict[str, torch.Tensor]:
         out["count"] = s["z_count"]
     if spec.has("other"):
         out["other"] = s["t_exp"] / s["z_sum"]
-    if spec.has("mix"):
+    if spec.folds_mix:
         out["m_max"], out["m_log"], total = _normalizer(s["m_max"], s["m_sum"])
+    if spec.has("mix"):
         out["mix"] = s["m_exp"] / total
+    if spec.has("mix_lse"):
+        out["mix_lse"] = out["m_max"] + out["m_log"]
     if spec.folds_teacher:
         out["t_max"], out["t_log"], t_total = _normalizer(s["t_max"], s["t_sum"])
         out["teacher_lse"] = out["t_max"] + out["t_log"]
@@ -210,6 +221,8 @@ def coefficients(stats: dict[str, torch.Tensor], upstream: dict[str, torch.Tenso
         put("label", g)
     if (g := upstream.get("mix")) is not None:
         put("d", g)
+    if (g := upstream.get("mix_lse")) is not None:
+        put("d", spec.alpha * g)
     if (g := upstream.get("cross")) is not None:
         put("f", g)
     if (g := upstream.get("uniform")) is not None:

@@ -20,7 +20,7 @@ BLOCK = 1024  # columns a thread holds at once; BLOCK of rows.cpp is the most, a
 _TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _FLAGS = (
     "TEACHER", "MEAN", "SQUARE", "UNIFORM", "OTHER", "MIX", "FOLD_T", "CROSS", "T_ENTROPY", "T_LABEL", "HIT", "JSD",
-    "TEMP", "T_TEMP",
+    "TEMP", "T_TEMP", "MIX_MEAN",
 )  # fmt: skip
 _FLAG = {name: 1 << i for i, name in enumerate(_FLAGS)}
 
@@ -66,7 +66,7 @@ def check_against_twin() -> None:
         kernels.fold(tile, teacher, state, target, spec)
         kernels.fold_jsd(tile, teacher, state, spec)
         stats = finalize(state, spec)
-        names = ("logp", "mean", "square", "other", "mix", "cross", "uniform", "jsd")
+        names = ("logp", "mean", "square", "other", "mix", "mix_lse", "cross", "uniform", "jsd")
         kernels.grad(tile, teacher, out, coefficients(stats, dict.fromkeys(names, one), spec), target, spec)
         found["fold"].append(state)
         found["grad"].append(out)
@@ -96,9 +96,10 @@ def _check(name: str, x: torch.Tensor | None, shape: tuple[int, ...], dtypes=_TY
 def _flags(spec: RowSpec, teacher: bool) -> int:
     wanted = {
         "TEACHER": teacher, "MEAN": spec.has("mean"), "SQUARE": spec.has("square"), "UNIFORM": spec.has("uniform"),
-        "OTHER": spec.has("other"), "MIX": spec.has("mix"), "FOLD_T": spec.folds_teacher, "CROSS": spec.has("cross"),
+        "OTHER": spec.has("other"), "MIX": spec.folds_mix, "FOLD_T": spec.folds_teacher, "CROSS": spec.has("cross"),
         "T_ENTROPY": spec.has("teacher_entropy"), "T_LABEL": spec.has("teacher_logp"), "HIT": spec.has("hit"),
         "JSD": spec.has("jsd"), "TEMP": spec.temperature, "T_TEMP": spec.teacher_temperature,
+        "MIX_MEAN": spec.has("mix"),
     }  # fmt: skip
     return sum(_FLAG[name] for name, on in wanted.items() if on)
 

@@ -138,8 +138,11 @@ def fold(tile, teacher, state, target, spec: RowSpec, *, start=0, inv_temp=None,
         if zf is not None and spec.has("uniform"):
             s[S["z_total"]] += zf.sum(1)
             s[S["z_count"]] += (z != float("-inf")).sum(1).to(dtype)
-        if spec.has("mix"):
-            _merge(s, "m_max", {"m_sum": None, "m_exp": zf}, _mix(z, t, spec))
+        if spec.folds_mix:
+            sums = {"m_sum": None}
+            if spec.has("mix"):
+                sums["m_exp"] = zf
+            _merge(s, "m_max", sums, _mix(z, t, spec))
         if spec.folds_teacher:
             sums = {"t_sum": None}
             if spec.has("cross"):
@@ -262,7 +265,7 @@ def _used(spec):
         "b": spec.has("mean"),
         "c": spec.has("square"),
         "e": spec.has("other"),
-        "d": spec.has("mix"),
+        "d": spec.folds_mix,
         "f": spec.has("cross"),
         "u": spec.has("uniform"),
         "g": spec.has("jsd"),

@@ -142,9 +142,9 @@ def _add(S, weight_old, lanes):
 def fold_kernel(
     Z, z_stride, T, t_stride, STATE, state_stride, Y, INV, T_INV, start, columns,
     HAS_T: tl.constexpr, MEAN: tl.constexpr, SQUARE: tl.constexpr, UNIFORM: tl.constexpr, OTHER: tl.constexpr,
-    MIX: tl.constexpr, FOLD_T: tl.constexpr, CROSS: tl.constexpr, T_ENTROPY: tl.constexpr, T_LABEL: tl.constexpr,
-    HIT: tl.constexpr, ALPHA: tl.constexpr, ETA: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
-    TEMP: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr, T_TEMP: tl.constexpr,
+    MIX: tl.constexpr, MIX_MEAN: tl.constexpr, FOLD_T: tl.constexpr, CROSS: tl.constexpr, T_ENTROPY: tl.constexpr,
+    T_LABEL: tl.constexpr, HIT: tl.constexpr, ALPHA: tl.constexpr, ETA: tl.constexpr, SCALE: tl.constexpr,
+    CAP: tl.constexpr, TEMP: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr, T_TEMP: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Merge one row of the tile into the state.  Every value of N runs the same binary."""
@@ -204,7 +204,8 @@ def fold_kernel(
         if MIX:
             m_max, m_decay, me = _step(m_max, _mix(z, t, ALPHA, ETA))
             m_sum = m_sum * m_decay + tl.sum(me, 1)
-            m_exp = m_exp * m_decay + tl.sum(me * zf, 1)
+            if MIX_MEAN:
+                m_exp = m_exp * m_decay + tl.sum(me * zf, 1)
 
     S = STATE + row
     has_label = (y >= 0) & (y < columns)
@@ -239,7 +240,8 @@ def fold_kernel(
         new, lane, decay = _meet(m_max, tl.load(S + S_M_MAX * state_stride))
         tl.store(S + S_M_MAX * state_stride, new)
         _add(S + S_M_SUM * state_stride, decay, m_sum * lane)
-        _add(S + S_M_EXP * state_stride, decay, m_exp * lane)
+        if MIX_MEAN:
+            _add(S + S_M_EXP * state_stride, decay, m_exp * lane)
     if FOLD_T:
         new, lane, decay = _meet(t_max, tl.load(S + S_T_MAX * state_stride))
         tl.store(S + S_T_MAX * state_stride, new)
@@ -370,7 +372,7 @@ def fold_flags(spec: RowSpec) -> dict:
     """Compile-time arguments of ``fold_kernel`` for a spec."""
     return {
         "HAS_T": spec.uses_teacher, "MEAN": spec.has("mean"), "SQUARE": spec.has("square"),
-        "UNIFORM": spec.has("uniform"), "OTHER": spec.has("other"), "MIX": spec.has("mix"),
+        "UNIFORM": spec.has("uniform"), "OTHER": spec.has("other"), "MIX": spec.folds_mix, "MIX_MEAN": spec.has("mix"),
         "FOLD_T": spec.folds_teacher, "CROSS": spec.has("cross"), "T_ENTROPY": spec.has("teacher_entropy"),
         "T_LABEL": spec.has("teacher_logp"), "HIT": spec.has("hit"),
         "ALPHA": spec.alpha, "ETA": spec.eta, **_transforms(spec),
@@ -386,7 +388,7 @@ def grad_flags(spec: RowSpec, ids: int) -> dict:
     """Compile-time arguments of ``grad_kernel`` for a spec and a number of ids a row."""
     return {
         "HAS_T": reads_teacher(spec), "MEAN": spec.has("mean"), "SQUARE": spec.has("square"),
-        "UNIFORM": spec.has("uniform"), "OTHER": spec.has("other"), "MIX": spec.has("mix"),
+        "UNIFORM": spec.has("uniform"), "OTHER": spec.has("other"), "MIX": spec.folds_mix,
         "CROSS": spec.has("cross"), "JSD": spec.has("jsd"), "K": ids,
         "ALPHA": spec.alpha, "ETA": spec.eta, "BETA": spec.beta, **_transforms(spec),
     }  # fmt: skip

@@ -12,6 +12,7 @@ ARGUMENTS: dict[str, list[dict]] = {
     "asft": [{}, {"lam": 1.0}],
     "beyond_log": [{}, {"alpha": 0.0}, {"alpha": 0.5}, {"alpha": 10.0}],
     "bnpo": [{}],
+    "chain_distillation": [{}, {"share": 0.0}, {"share": 1.0, "temperature": 0.5}, {"share": 0.3, "temperature": 1.0}],
     "cispo": [{"cap": 1.1, "floor": 0.9, "beta": 0.1, "kl": "k2"}],
     "confidence_penalty": [{}],
     "dapo": [{}, {"delta": 1.3, "beta": 0.1, "kl": "k1", "entropy": 0.01}],

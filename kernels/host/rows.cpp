@@ -56,7 +56,7 @@ enum CoefRow { COEF_ROWS(COEF_NAME) COEF_COUNT };
 
 enum Flag : int32_t {
   TEACHER = 1, MEAN = 2, SQUARE = 4, UNIFORM = 8, OTHER = 16, MIX = 32, FOLD_T = 64, CROSS = 128, T_ENTROPY = 256,
-  T_LABEL = 512, HIT = 1024, JSD = 2048, TEMP = 4096, T_TEMP = 8192
+  T_LABEL = 512, HIT = 1024, JSD = 2048, TEMP = 4096, T_TEMP = 8192, MIX_MEAN = 16384
 };
 
 // four blocks in fp32 fill half of a first-level cache of 32 KiB
@@ -330,8 +330,8 @@ void fold_row(const Launch& l, int64_t row) {
       const A* with = f & TEACHER && eta != 0 ? t : nullptr;
       for (int64_t k = 0; k < wide; k += w) mix(load(z + k), with ? with + k : nullptr, alpha, eta).store(other + k);
       ms.meet(max_over(other, wide));
-      add(S_m_sum, ms.decay, exp_sum(other, wide, ms.safe, other));
-      add(S_m_exp, ms.decay, dot_finite(other, z, wide));
+      add(S_m_sum, ms.decay, exp_sum(other, wide, ms.safe, f & MIX_MEAN ? other : nullptr));
+      if (f & MIX_MEAN) add(S_m_exp, ms.decay, dot_finite(other, z, wide));
     }
     if (f & FOLD_T) {
       ts.meet(max_over(t, wide));

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
+
+#: What launchers tell a process of the others.
+_LAUNCHER = frozenset((
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+))  # fmt: skip
 
 
 def world_size() -> int:
@@ -60,3 +68,37 @@ def fill_from_first(model: nn.Module) -> nn.Module:
     for tensor in model.state_dict().values():
         torch.distributed.broadcast(tensor, src=0)
     return model
+
+
+def process_index() -> int:
+    """This process's number among all of the run, known before the process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def meet() -> None:
+    """Wait until every process of the run is here.  The group that it takes is gone again afterwards."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it nothing tells this process of the others: a Trainer trains a model of its own, on a GPU of its own.
+
+    Of several GPUs a process keeps the one of its number on the machine, from the first time on; nothing may have asked
+    CUDA for its devices before.
+    """
+    names = [n for n in os.environ if n in _LAUNCHER or n.startswith(("TORCHELASTIC_", "ACCELERATE_"))]
+    hidden = {n: os.environ.pop(n) for n in names}
+    if int(hidden.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+        if len(visible) != 1:
+            local = int(hidden["LOCAL_RANK"])
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible[local] if visible else str(local)
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from . import distill, policy, qtarget
 from .aggregate import AGGREGATES, count_items
 from .base import STATISTICS, Objective, RowStats, objective
-from .distill import jsd, kd, kd_hybrid, on_policy_distillation, reverse_kl
+from .distill import chain_distillation, jsd, kd, kd_hybrid, on_policy_distillation, reverse_kl
 from .policy import (
     bnpo,
     cispo,
@@ -121,6 +121,7 @@ __all__ = [
     "beyond_log",
     "bnpo",
     "cft",
+    "chain_distillation",
     "cispo",
     "confidence_penalty",
     "count_items",

@@ -13,7 +13,7 @@ from .aggregate import AGGREGATES
 
 #: Names an objective may ask for; ``logp`` to ``ids`` are differentiable, the rest are constants.
 STATISTICS = (
-    "lse", "label", "logp", "mean", "square", "uniform", "mix", "cross", "other", "jsd", "ids",
+    "lse", "label", "logp", "mean", "square", "uniform", "mix", "mix_lse", "cross", "other", "jsd", "ids",
     "hit", "top_entropy", "teacher_lse", "teacher_logp", "teacher_entropy",
 )  # fmt: skip
 _DERIVED = {"entropy": ("lse", "mean"), "prob": ("logp",), "ids_logp": ("ids", "lse")}
@@ -36,6 +36,7 @@ class RowStats:
     ``square``          sum_k p_k^2
     ``uniform``         mean_k z_k
     ``mix``             E_q[z], q = softmax(alpha z + eta t), q constant
+    ``mix_lse``         log sum_k exp(alpha z_k + eta t_k): with alpha = 1 / T and eta = 0, lse at temperature T
     ``cross``           E_T[z]
     ``other``           E_p[t]
     ``jsd``             generalised Jensen-Shannon divergence at ``beta``
@@ -110,6 +111,8 @@ class Objective:
         beta: weight of the teacher in ``jsd``'s mixture.
         top_k: k of ``top_entropy``.
         temperature: divides the logits of student and teacher (multiplied with the op's own).
+        teacher_temperature: divides the teacher's logits alone, beside ``temperature``; with ``mix_lse`` at
+            alpha = 1 / T an objective reads the student at temperature 1 and both sides at T.
         couple: RowStats (detached, all rows) -> weight (N,), handed to ``fn`` as ``s.weight``; for
             objectives whose weight depends on a sequence or a batch.  Costs one more forward GEMM.
         couple_stats: the statistics ``couple`` reads.
@@ -134,6 +137,7 @@ class Objective:
     beta: float = 0.5
     top_k: int = 0
     temperature: float = 1.0
+    teacher_temperature: float = 1.0
     couple: Callable[[RowStats], torch.Tensor] | None = None
     couple_stats: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
@@ -166,8 +170,9 @@ class Objective:
         if self.aggregate != "token_mean":
             needs |= {"sequences"}
         object.__setattr__(self, "needs", frozenset(self.needs) | needs)
-        if not self.temperature > 0:
-            raise ValueError(f"objective {self.name!r}: temperature must be > 0; got {self.temperature}")
+        for attribute in ("temperature", "teacher_temperature"):
+            if not getattr(self, attribute) > 0:
+                raise ValueError(f"objective {self.name!r}: {attribute} must be > 0; got {getattr(self, attribute)}")
         key = f"{self.name}#{next(_serial)}"
         object.__setattr__(self, "key", key)
         LIVE[key] = self
@@ -229,7 +234,7 @@ def _expand(name: str, stats) -> tuple[str, ...]:
 def asks(name: str, stats: tuple[str, ...], eta: float) -> tuple[tuple[str, ...], frozenset[str]]:
     """The statistics that names stand for, and what the caller must give for them: "teacher", "ids"."""
     names = _expand(name, stats)
-    needs = {"teacher"} if set(names) & _TEACHER or ("mix" in names and eta != 0.0) else set()
+    needs = {"teacher"} if set(names) & _TEACHER or ({"mix", "mix_lse"} & set(names) and eta != 0.0) else set()
     return names, frozenset(needs | ({"ids"} if "ids" in names else set()))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from .base import Objective
+import torch
+
+from .base import Objective, RowStats
 from .qtarget import _KL_STATS, _forward_kl, _range
 
 
@@ -26,6 +28,31 @@ def kd_hybrid(lam: float = 0.5) -> Objective:
     return Objective(
         "kd_hybrid", lambda s: -(1 - lam) * s.logp + lam * _forward_kl(s), ("logp", *_KL_STATS),
         weight="1", trust="1 - lam", residual="T", paper="arXiv 1503.02531", params={"lam": lam},
+    )  # fmt: skip
+
+
+def chain_distillation(share: float = 0.45, temperature: float = 1.2) -> Objective:
+    """(1 - a)(-log p_y) + a T^2 KL(T^T | p^T), the loss of a chain of snapshots (q0, arXiv 2606.03938).
+
+    The label term is at temperature 1, the divergence at ``temperature`` T on both sides, in one pass: the student's
+    second log-sum-exp is ``mix_lse``.  ``share`` is a.  The teacher is the preceding snapshot; logits are those after
+    each side's softcap: give ``linear_loss`` the student's and ``Teacher`` the teacher's.  Defaults are the authors'.
+    dL/dz = (1 - a)(p - delta) + a T (p^T - T^T).  ``share`` 0 is ``nll`` and reads no teacher.
+    """
+    _range("chain_distillation", "share", share, 0.0, 1.0)
+    _range("chain_distillation", "temperature", temperature, 0.0, math.inf, open_low=True)
+    stats: tuple[str, ...] = ("logp", "mix_lse", "cross", "teacher_entropy")
+
+    def fn(s: RowStats) -> torch.Tensor:
+        divergence = s.mix_lse - s.cross / temperature - s.teacher_entropy
+        return -(1 - share) * s.logp + share * temperature**2 * divergence
+
+    options: dict = {"alpha": 1.0 / temperature, "teacher_temperature": temperature}
+    if share == 0.0:
+        fn, stats, options = (lambda s: -s.logp), ("logp",), {}
+    return Objective(
+        "chain_distillation", fn, stats, weight="1", trust="1 - a", residual="p - T (p^T - T^T), signed",
+        paper="arXiv 2606.03938", params={"share": share, "temperature": temperature}, **options,
     )  # fmt: skip
 
 

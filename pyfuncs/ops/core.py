@@ -100,7 +100,7 @@ class Task:
         o = LIVE[key]
         spec = row_spec(
             o.stats, o.alpha, o.eta, o.beta, o.top_k, transforms, temperature=temperature or o.temperature != 1.0,
-            teacher_temperature=transforms.teacher_temperature != 1.0 or o.temperature != 1.0,
+            teacher_temperature=transforms.teacher_temperature * o.teacher_temperature * o.temperature != 1.0,
         )  # fmt: skip
         names = tuple(n for n in metrics.split(",") if n)
         backend = dispatch.resolve(backend, device)
@@ -257,7 +257,10 @@ def make_rows(
     dtype: torch.dtype, tau: float, target, token_weight, ignore_index: int, temperature: Tensor | None,
     flat_temperature: float, teacher_temperature: float, ids, sequence, inputs: Tensor | None = None, names: str = "",
 ) -> Rows:  # fmt: skip
-    """Per-row inputs on the target's device, in the accumulator's dtype; ``tau`` is the objective's temperature."""
+    """Per-row inputs on the target's device, in the accumulator's dtype.
+
+    ``tau`` is the objective's temperature; ``teacher_temperature`` the teacher's own times the objective's for it.
+    """
     n, device = target.shape[0], target.device
     valid = target != ignore_index
     factor = valid.to(dtype)

@@ -168,7 +168,8 @@ def _vocabulary_outer(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss and metrics (M, N): the objective's own lines on differentiable statistics."""
-    every = rows = rows_of(c, given, objective.temperature, ignore_index)
+    tau, teacher_tau = objective.temperature, objective.teacher_temperature
+    every = rows = rows_of(c, given, tau, teacher_tau, ignore_index)
     device, n = given.hidden.device, given.hidden.shape[0]
     index = real = None
     if not torch.compiler.is_compiling():  # a traced graph has the shapes of all rows
@@ -185,8 +186,8 @@ def _vocabulary_outer(
     stats = dict.fromkeys((*objective.stats, *objective.couple_stats, *(s for n in names for s in METRICS[n])))
     values = differentiable_stats(
         given, c, rows, tuple(stats), alpha=objective.alpha, eta=objective.eta, beta=objective.beta,
-        top_k=objective.top_k, tau=objective.temperature, budget=budget, backend=backend, ignore_index=ignore_index,
-        live=rows.factor != 0,
+        top_k=objective.top_k, tau=tau, teacher_tau=teacher_tau, budget=budget, backend=backend,
+        ignore_index=ignore_index, live=rows.factor != 0,
     )  # fmt: skip
     factor = rows.factor
     table = factor.new_empty(0, factor.shape[0])
@@ -230,7 +231,7 @@ class _Pass:
         ]
         rows = make_rows(
             task.dtype, task.objective.temperature, moved[0], moved[1], ignore_index, moved[2], flat_temperature,
-            transforms.teacher_temperature, ids, moved[3], inputs, names,
+            transforms.teacher_temperature * task.objective.teacher_temperature, ids, moved[3], inputs, names,
         )  # fmt: skip
         self.all_rows = rows
         self.rows, self.real = _take_rows(rows, self.index, target, num_valid)

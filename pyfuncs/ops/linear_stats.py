@@ -107,10 +107,10 @@ def linear_stats(
         dtype=accumulator(given.compute),
     )  # fmt: skip
     check_budget(budget)
-    rows = rows_of(c, given, 1.0, ignore_index)
+    rows = rows_of(c, given, 1.0, 1.0, ignore_index)
     values = differentiable_stats(
-        given, c, rows, names, alpha=alpha, eta=eta, beta=beta, top_k=top_k, tau=1.0, budget=budget, backend=backend,
-        ignore_index=ignore_index,
+        given, c, rows, names, alpha=alpha, eta=eta, beta=beta, top_k=top_k, tau=1.0, teacher_tau=1.0,
+        budget=budget, backend=backend, ignore_index=ignore_index,
     )  # fmt: skip
     for name in labels:
         values[name] = torch.where(rows.valid, values[name], 0.0)
@@ -198,8 +198,9 @@ def _local_teacher(teacher: Teacher, rows: int) -> Teacher:
     return teacher
 
 
-def rows_of(c: Common, given: Given, tau: float, ignore_index: int) -> Rows:
-    """The checked arguments as rows on the head's device."""
+def rows_of(c: Common, given: Given, tau: float, teacher_tau: float, ignore_index: int) -> Rows:
+    """The checked arguments as rows on the head's device; an objective's ``tau`` is for both sides, ``teacher_tau`` for
+    the teacher beside it."""
     device = given.hidden.device
     if c.target.device != device and not torch.compiler.is_compiling():  # the op sees them where looking would sync
         check_labels(c.target, given.shard.total, ignore_index)
@@ -209,13 +210,13 @@ def rows_of(c: Common, given: Given, tau: float, ignore_index: int) -> Rows:
     ]
     return make_rows(
         accumulator(given.compute), tau, moved[0], moved[1], ignore_index, moved[2], c.flat_temperature,
-        c.transforms.teacher_temperature, c.ids, moved[3], c.inputs, c.names,
+        c.transforms.teacher_temperature * teacher_tau, c.ids, moved[3], c.inputs, c.names,
     )  # fmt: skip
 
 
 def differentiable_stats(
     given: Given, c: Common, rows: Rows, stats: tuple[str, ...], *, alpha: float, eta: float, beta: float, top_k: int,
-    tau: float, budget: int | None, backend: str, ignore_index: int, live: Tensor | None = None,
+    tau: float, teacher_tau: float, budget: int | None, backend: str, ignore_index: int, live: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """{name: (N,)} of ``stats`` and of lse, label and logp; with ``supported`` where a teacher is folded.
 
@@ -226,7 +227,7 @@ def differentiable_stats(
     options = Options(
         ",".join(stats), alpha, eta, beta, top_k, t.scale, t.softcap, t.teacher_scale, t.teacher_softcap,
         c.temperature is not None or c.flat_temperature != 1.0 or tau != 1.0,
-        t.teacher_temperature != 1.0 or tau != 1.0, c.teacher_kind, c.tail, ignore_index,
+        t.teacher_temperature * teacher_tau * tau != 1.0, c.teacher_kind, c.tail, ignore_index,
         -1 if budget is None else budget, given.compute, backend, *given.shard,
     )  # fmt: skip
     tensors = (

@@ -89,7 +89,8 @@ def _setup(
     rows = make_rows(
         task.dtype, task.objective.temperature, target.to(device),
         None if token_weight is None else token_weight.to(device), ignore_index,
-        None if temperature is None else temperature.to(device), flat_temperature, teacher_temperature, ids,
+        None if temperature is None else temperature.to(device), flat_temperature,
+        teacher_temperature * task.objective.teacher_temperature, ids,
         None if sequence is None else sequence.to(device), inputs, names,
     )  # fmt: skip
     return task, rows, logits if logits.stride(1) == 1 else logits.contiguous()

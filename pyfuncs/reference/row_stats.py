@@ -63,8 +63,9 @@ def row_stats(z, target, *, teacher=None, alpha=1.0, eta=0.0, beta=0.5, top_k=2,
         sum_t = (big_t * torch.where(big_t > 0, torch.where(big_t > 0, logt, 0.0) - safe, 0.0)).sum(1)
         sum_p = (p * torch.where(p > 0, zf - lse[:, None] - safe, 0.0)).sum(1)
         out["jsd"] = beta * sum_t + (1 - beta) * sum_p
-    q = torch.where(keep, m, -_INF).softmax(1).detach()
-    out["mix"] = (q * zf).sum(1)
+    m = torch.where(keep, m, -_INF)
+    out["mix"] = (m.softmax(1).detach() * zf).sum(1)
+    out["mix_lse"] = torch.logsumexp(m, 1)
     return out
 
 
@@ -80,7 +81,7 @@ def row_loss(
     if teacher is not None:
         t = transform(
             teacher[:, : z.shape[1]], scale=teacher_scale, softcap=teacher_softcap, temperature=teacher_temperature
-        ) / tau  # fmt: skip
+        ) / (tau * objective.teacher_temperature)  # fmt: skip
     valid = target != ignore_index
     o = objective
     stats = row_stats(

@@ -61,7 +61,7 @@ def test_nll_reads_a_logit_once_in_fold_and_once_in_grad(small_blocks):
 
 
 @pytest.mark.parametrize(
-    "stats", [(), ("mix",), ("jsd",), ("mean", "other"), STATISTICS], ids=lambda s: "+".join(s)[:20]
+    "stats", [(), ("mix",), ("mix_lse",), ("jsd",), ("mean", "other"), STATISTICS], ids=lambda s: "+".join(s)[:20]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("columns", "start"), [(V, 0), (16, 5), (1, 0)])

@@ -90,6 +90,67 @@ def test_kd_hybrid_is_a_q_target_up_to_teacher_entropy():
     close(loss + lam * entropy, other)
 
 
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize(("share", "tau"), [(0.45, 1.2), (0.45, 0.7), (1.0, 3.0), (0.2, 1.0)])
+def test_chain_distillation_as_the_authors_write_it(share, tau, backend):
+    """Value and gradient of (1 - a) CE + a T^2 KL by torch's kl_div, under both softcaps; and the closed form."""
+    z, t, y = data(scale=12.0)
+    zr = z.clone().requires_grad_()
+    capped, teacher = 15 * (zr / 15).tanh(), 15 * (t / 15).tanh()
+    kl = torch.nn.functional.kl_div(
+        (capped / tau).log_softmax(1), (teacher / tau).log_softmax(1), reduction="none", log_target=True
+    ).sum(1)  # fmt: skip
+    ref = (1 - share) * torch.nn.functional.cross_entropy(capped, y, reduction="none") + share * tau**2 * kl
+    leaf = z.clone().requires_grad_()
+    o = objectives.chain_distillation(share, tau)
+    given = {"teacher": Teacher(logits=t, softcap=15.0), "softcap": 15.0, "backend": backend}
+    loss = row_loss(leaf, y, o, reduction="none", **given)
+    close(loss.detach(), ref.detach())
+    (g,) = torch.autograd.grad(loss.sum(), leaf)
+    close(g, torch.autograd.grad(ref.sum(), zr)[0])
+    c = capped.detach()
+    form = (1 - share) * (c.softmax(1) - delta(y)) + share * tau * ((c / tau).softmax(1) - (teacher / tau).softmax(1))
+    close(g, form * (1 - (c / 15).square()))
+
+
+def test_chain_distillation_at_its_ends():
+    """A teacher that is the student: no divergence and no gradient of it; share 0: plain NLL, no teacher asked for."""
+    z, t, y = data()
+    nll, gnll = value_grad(objectives.nll(), z, y)
+    for share in (0.45, 1.0):
+        loss, g = value_grad(objectives.chain_distillation(share), z, y, z)
+        close(loss, (1 - share) * nll)
+        close(g, (1 - share) * gnll)
+    assert torch.equal(value_grad(objectives.chain_distillation(0.0), z, y)[0], nll)
+    assert torch.equal(value_grad(objectives.chain_distillation(0.0), z, y, t)[1], gnll)
+    assert not objectives.chain_distillation(0.0).needs
+    one, gone = value_grad(objectives.chain_distillation(0.3, 1.0), z, y, t)
+    hybrid, ghybrid = value_grad(objectives.kd_hybrid(0.3), z, y, t)
+    close(one, hybrid)
+    close(gone, ghybrid)
+    only, gonly = value_grad(objectives.chain_distillation(1.0, 2.5), z, y, t)
+    kd, gkd = value_grad(objectives.kd(2.5), z, y, t)
+    close(only, kd)
+    close(gonly, gkd)
+
+
+def test_chain_distillation_at_another_temperature_of_the_op_and_a_teacher_list():
+    """The op's temperature divides the student's logits first, as for ``kd``; a top-K teacher is raised to 1 / T."""
+    z, t, y = data()
+    o = objectives.chain_distillation(0.6, 1.7)
+    loss, g = value_grad(o, z, y, t, temperature=0.8)
+    same, gsame = value_grad(o, z / 0.8, y, t)
+    close(loss, same)
+    close(g, gsame / 0.8)
+    top = t.log_softmax(1).topk(5, 1)
+    dense = torch.full_like(t, -math.inf).scatter(1, top.indices, top.values)
+    leaf = z.clone().requires_grad_()
+    listed = row_loss(leaf, y, o, teacher=Teacher(ids=top.indices, logp=top.values, tail="zero"), reduction="none")
+    loss, g = value_grad(o, z, y, dense)
+    close(listed.detach(), loss)
+    close(torch.autograd.grad(listed.sum(), leaf)[0], g)
+
+
 def test_target_sft_without_teacher_is_dft():
     z, _, y = data()
     p = z.softmax(1)

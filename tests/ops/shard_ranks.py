@@ -19,7 +19,10 @@ from burnish import LoRAHead, Teacher, linear_loss, linear_stats, objectives
 N, V, H = 11, 43, 8
 #: Values that no sum touches, or that a maximum or a choice decides: equal to the bit.
 EXACT = ("label", "hit", "top_entropy", "ids")
-STATS = ("lse", "logp", "mean", "square", "uniform", "mix", "cross", "other", "jsd", "teacher_logp", "teacher_entropy")
+STATS = (
+    "lse", "logp", "mean", "square", "uniform", "mix", "mix_lse", "cross", "other", "jsd", "teacher_logp",
+    "teacher_entropy",
+)  # fmt: skip
 
 
 def sizes(world: int) -> list[int]:
