@@ -1,4 +1,5 @@
-"""How the CPU kernels, C++ in ``host/``, come to be built; ``rows_host`` and ``adamw_host`` call them.
+"""How the CPU kernels, C++ in ``host/``, come to be built; ``rows_host``, ``adamw_host`` and ``rotation_host``
+call them.
 
     library()   1. ``burnish.kernels._host``, if ``python setup.py build_ext`` built it ahead;
                 2. else what an earlier process left in torch's extension cache;
@@ -93,7 +94,7 @@ def _find_or_build() -> ctypes.CDLL:
 
 
 def _callers() -> list[ModuleType]:
-    return [importlib.import_module(f".{name}", __package__) for name in ("rows_host", "adamw_host")]
+    return [importlib.import_module(f".{name}", __package__) for name in ("rows_host", "adamw_host", "rotation_host")]
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -191,7 +192,7 @@ def _build(path: Path) -> None:
             raise RuntimeError(f"the compiler failed: {_first_error(done.stdout + done.stderr)}")
         _check_against_twins(_open(built))
         os.replace(built, path)
-    _log.info("built the CPU row kernels and AdamW for %s in %.1f s: %s", capability, time.monotonic() - begun, path)
+    _log.info("built the CPU kernels for %s in %.1f s: %s", capability, time.monotonic() - begun, path)
 
 
 def _first_error(text: str) -> str:
