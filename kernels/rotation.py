@@ -9,17 +9,17 @@ With the row x_r, of b features, of block r:
 
     y_r = x_r R_r = x_r + x_r delta_r         dx_r = dy_r R_r^T          dR_r = sum over rows of x_r^T dy_r
 
-R is held as its distance from I: a small rotation keeps its digits in any dtype of x, where R itself, rounded to bf16,
-has a diagonal of ones and sines in steps of 2^-8 beside it.  x is rounded never, y once.
+R is held as its distance from I: a small rotation keeps its digits beside x of any dtype, where R itself, rounded to
+bf16, has a diagonal of ones and loses what it turns by.  x is rounded never, y once.
 
 R is what HF PEFT makes of Q.  Its two forms turn in opposite directions:
 
-    terms = n      I + 2Q + 2Q^2 + ... + 2Q^(n-2) + Q^(n-1), near (I + Q)(I - Q)^-1; 3 terms are what 4 are, 2 are I + 2Q
+    terms = n      I + 2Q + ... + 2Q^(n-2) + Q^(n-1), near (I + Q)(I - Q)^-1; 3 terms are what 4 are, 2 are I + 2Q
     terms = 5      (I + Q)^2 (I + Q^2): two products
     terms = None   (I - Q)(I + Q)^-1, exactly orthogonal
 
-``correction`` is one step of Newton-Schulz towards the nearest orthogonal matrix, R <- R (3I - R^T R) / 2: where singular
-values are 1 - e they become 1 - 3 e^2 / 2.
+``correction`` is one step of Newton-Schulz towards the nearest orthogonal matrix, R <- R (3I - R^T R) / 2:
+singular values 1 - e become 1 - 3 e^2 / 2.
 
 Backward makes R again rather than keep it.  Then dQ is dR through the polynomial, and the gradient of a packed entry is
 (dQ - dQ^T) above the diagonal, since Q has the entry twice, once negated.
@@ -154,6 +154,6 @@ def check_backward(x: Tensor, delta: Tensor, dy: Tensor) -> None:
     check(x, delta)
     if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device or (dy.shape[1] > 1 and dy.stride(1) != 1):
         raise ValueError(
-            f"dy must be {tuple(x.shape)} of {x.dtype} on {x.device} with unit stride along d; got {tuple(dy.shape)} of "
-            f"{dy.dtype} on {dy.device}, strides {dy.stride()}"
+            f"dy must be {tuple(x.shape)} of {x.dtype} on {x.device} with unit stride along d; got {tuple(dy.shape)} "
+            f"of {dy.dtype} on {dy.device}, strides {dy.stride()}"
         )

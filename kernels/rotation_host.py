@@ -15,7 +15,7 @@ from .host_build import library
 from .rotation import check, check_backward, make_delta
 
 PAD = 16  # of rotation.cpp
-GROUP_COLUMNS = 1024  # of a thread's blocks in backward: their sums stay in its cache
+GROUP_COLUMNS = 1024  # of the blocks a thread works on: their panels and sums stay in its cache
 TASKS = 16  # of backward at least, where there are rows enough
 SHARE = 256  # rows of a task at least
 
@@ -62,11 +62,12 @@ def _launch(x: Tensor, delta: Tensor, **more) -> Launch:
     if x.dtype not in _TYPES:
         raise TypeError(f"x must be {' or '.join(str(d) for d in _TYPES)}; got {x.dtype}")
     b = delta.shape[1]
-    padded = -(-b // PAD) * PAD
+    blocks, padded = x.shape[1] // b, -(-b // PAD) * PAD
     delta = torch.nn.functional.pad(delta, (0, padded - b)).contiguous()
     launch = Launch(
-        x=x.data_ptr(), delta=delta.data_ptr(), rows=x.shape[0], blocks=x.shape[1] // b, size=b, padded=padded,
-        delta_stride=b * padded if len(delta) > 1 else 0, x_stride=x.stride(0), type=_TYPES[x.dtype], **more,
+        x=x.data_ptr(), delta=delta.data_ptr(), rows=x.shape[0], blocks=blocks, size=b, padded=padded,
+        delta_stride=b * padded if len(delta) > 1 else 0, x_stride=x.stride(0), type=_TYPES[x.dtype],
+        group=min(blocks, max(1, GROUP_COLUMNS // b)), **more,
     )  # fmt: skip
     launch.kept = delta
     return launch
@@ -95,18 +96,17 @@ def backward(x: Tensor, delta: Tensor, dy: Tensor, *, wanted: tuple[bool, bool])
         return dx, torch.zeros_like(delta)
     b = delta.shape[1]
     blocks = x.shape[1] // b
-    group, splits = cut(len(x), blocks, b)
+    splits = shares(len(x), blocks, b)
     dr = torch.empty(splits, blocks, b, b, dtype=delta.dtype)
     launch = _launch(
         x, delta.mT, dy=dy.data_ptr(), dy_stride=dy.stride(0), out=None if dx is None else dx.data_ptr(),
-        dr=dr.data_ptr(), group=group, splits=splits,
+        dr=dr.data_ptr(), splits=splits,
     )  # fmt: skip
     library().burnish_rotation_backward(launch, x.dtype == torch.float64)
     return dx, dr.sum(0) if len(delta) > 1 or blocks == 1 else dr.sum((0, 1))[None]
 
 
-def cut(rows: int, blocks: int, b: int) -> tuple[int, int]:
-    """Blocks of a task and shares of the rows in backward, by the shapes alone."""
-    group = min(blocks, max(1, GROUP_COLUMNS // b))
-    groups = -(-blocks // group)
-    return group, max(1, min(-(-rows // SHARE), -(-TASKS // groups)))
+def shares(rows: int, blocks: int, b: int) -> int:
+    """How many shares the rows are cut into in backward, by the shapes alone."""
+    groups = -(-blocks // min(blocks, max(1, GROUP_COLUMNS // b)))
+    return max(1, min(-(-rows // SHARE), -(-TASKS // groups)))
