@@ -559,6 +559,23 @@ def attention_kernels() -> str:
     return "\n".join([*lines, *_table(["kernel, variant and head dimension, dtype", *TARGETS, "shared"], rows)])
 
 
+def rotation_kernels() -> str:
+    r = json.loads((RESULTS / "static.json").read_text())
+    kernels = r.get("rotation_kernels", {})
+    if not kernels:
+        return NOT_YET
+    spilled = sum(any(k["spills"]) for k in kernels.values())
+    about = (
+        f"{len(kernels)} compilations with triton {r['triton']}, {spilled} with a spill (`benchmarks/static.py`): "
+        "registers a thread, bytes of shared memory a program."
+    )
+    rows = [
+        [name.replace("/", ", "), *(str(k["registers"]) for k in found), _each(k["shared"] for k in found)]
+        for name, found in _launches(kernels)
+    ]
+    return "\n".join([about, "", *_table(["kernel, b, dtype", *TARGETS, "shared"], rows)])
+
+
 def _tokens() -> dict:
     file = RESULTS / "tokens_cpu.json"
     return json.loads(file.read_text()) if file.exists() else {}
@@ -664,6 +681,8 @@ PARTS = {
     "axpo run": ("docs/axpo.md", _from_results("axpo_run", "axpo_run", "markdown")),
     "demo ra-rft": ("docs/ra_rft.md", _from_results("demo_ra_rft", "burnish.methods.ra_rft.demo_report", "table")),
     "maxsim": ("docs/maxsim.md", _from_results("maxsim_cpu", "maxsim", "table")),
+    "rotation kernels": ("docs/block_rotation.md", rotation_kernels),
+    "oft_cpu": ("docs/block_rotation.md", _from_results("oft_cpu", "oft", "table")),
     "attention kernels": ("docs/selected_attention.md", attention_kernels),
     "tokens layer": ("docs/selected_attention.md", tokens_layer),
     "tokens model": ("docs/tokens.md", tokens_model),

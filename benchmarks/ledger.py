@@ -236,7 +236,30 @@ def segment_sum_traffic(a: dict) -> tuple[Counter, Counter]:
     return +reads, +Counter(OUT=rows * columns)
 
 
-OTHERS = {"adamw_kernel": adamw_traffic, "segment_sum_kernel": segment_sum_traffic}
+def rotate_traffic(a: dict) -> tuple[Counter, Counter]:
+    """The block rotation of N rows of d columns, a block in one tile, the rows in S shares.
+
+    Reads N d of X and S d b of DELTA, writes N d of OUT.
+    """
+    n, d = a["OUT"].shape
+    shares = triton.cdiv(n, a["share"])
+    return Counter(X=n * d, DELTA=shares * d * a["B"]), Counter(OUT=n * d)
+
+
+def rotation_backward_traffic(a: dict) -> tuple[Counter, Counter]:
+    """Both gradients: reads N d of X and of DY and S d b of DELTA, writes N d of DX and S d b of PARTS."""
+    n, d = a["X"].shape
+    parts = triton.cdiv(n, a["share"]) * d * a["B"]
+    reads, writes = Counter(X=n * d, DY=n * d), Counter(PARTS=parts)
+    if a["OF_X"]:
+        reads["DELTA"], writes["DX"] = parts, n * d
+    return reads, writes
+
+
+OTHERS = {
+    "adamw_kernel": adamw_traffic, "segment_sum_kernel": segment_sum_traffic, "rotate_kernel": rotate_traffic,
+    "backward_kernel": rotation_backward_traffic,
+}  # fmt: skip
 
 
 def violations(launches: list[Launch]) -> list[str]:

@@ -42,6 +42,7 @@ from burnish.kernels import (
     farthest_triton,
     maxsim_triton,
     probe_triton,
+    rotation_triton,
     rows_triton,
     segment_sum_triton,
 )
@@ -263,6 +264,29 @@ def run_maxsim(targets=TARGETS, dtypes=("fp32", "bf16"), variants=MAXSIM) -> dic
     return table
 
 
+#: Block sizes of the rotation; 20 leaves a tile ragged.
+ROTATION = (16, 20, 32, 64, 128)
+
+
+def run_rotation(targets=TARGETS, dtypes=("fp32", "bf16"), sizes=ROTATION) -> dict:
+    """{"kernel/b/dtype/target": counts} of the block rotation, forward, dx alone and both gradients."""
+    table = {}
+    for label, target in targets.items():
+        maker = "amd" if target.backend == "hip" else "nvidia"
+        for dtype_name in dtypes:
+            dtype = DTYPES[dtype_name][0]
+            types = dict.fromkeys(("X", "DY", "OUT", "DX"), _NAMES[dtype])
+            for b in sizes:
+                for name in ("rotate", "backward"):
+                    shape = rotation_triton.Shape.of(dtype, b, backward=name == "backward", maker=maker)
+                    constants = shape.constants(dtype, b, 64 * b if b != 20 else 1280)
+                    constants |= {"BACK": False} if name == "rotate" else {"OF_X": shape.TILES == 1}
+                    kernel, options = getattr(rotation_triton, f"{name}_kernel"), rotation_triton.options(shape, maker)
+                    compiled = build_pointers(kernel, constants, types, target, options, ragged=("rows",))
+                    table[f"rotation_{name}/{b}/{dtype_name}/{label}"] = measure(compiled, target)
+    return table
+
+
 def run_others(targets=TARGETS, dtypes=("fp32", "bf16", "fp16"), variants=ADAMW) -> dict:
     """{"kernel/variant/dtype/target": counts} of AdamW and of the segmented sum."""
     table = {}
@@ -459,7 +483,7 @@ def set_budgets() -> None:
     """The most of any dtype, registers rounded up to a multiple of 8: hardware allocates them so."""
     budgets: dict = {}
     result = json.loads(RESULTS.read_text())
-    ours = ("kernels", "other_kernels", "attention_kernels", "maxsim_kernels")
+    ours = ("kernels", "other_kernels", "attention_kernels", "maxsim_kernels", "rotation_kernels")
     for name, counts in {k: v for table in ours for k, v in result[table].items()}.items():
         kernel, objective, _, target = name.split("/")
         cell = budgets.setdefault(f"{kernel}/{objective}", {}).setdefault(target, [0, 0])
@@ -505,8 +529,10 @@ def main() -> int:
     few = {"dtypes": ("bf16",), "variants": ("biased",)}
     attention = run_attention(**(few if arguments.reduced else {}))
     scores = run_maxsim(**({"dtypes": ("bf16",)} if arguments.reduced else {}))
-    show(table | others | attention | scores)
-    over = exceeded(table | others | attention | scores)
+    rotation = run_rotation(**({"dtypes": ("bf16",), "sizes": (20, 32, 128)} if arguments.reduced else {}))
+    found = table | others | attention | scores | rotation
+    show(found)
+    over = exceeded(found)
     print("\n".join(over) or "within budgets.json")
     if arguments.check:
         return bool(over)
@@ -522,7 +548,7 @@ def main() -> int:
         "vocabularies": VOCABULARIES,
         "tile": TILE, "other_threads": adamw_triton.THREADS,
         "kernels": table, "ragged_kernels": ragged, "peer_kernels": peer_table, "other_kernels": others,
-        "attention_kernels": attention, "maxsim_kernels": scores,
+        "attention_kernels": attention, "maxsim_kernels": scores, "rotation_kernels": rotation,
     }  # fmt: skip
     if arguments.json == "-":
         print(json.dumps(result))

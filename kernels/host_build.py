@@ -93,7 +93,8 @@ def _find_or_build() -> ctypes.CDLL:
 
 
 def _callers() -> list[ModuleType]:
-    return [importlib.import_module(f".{name}", __package__) for name in ("rows_host", "adamw_host", "gemm_host")]
+    names = ("rows_host", "adamw_host", "gemm_host", "rotation_host")
+    return [importlib.import_module(f".{name}", __package__) for name in names]
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -8,6 +8,7 @@ from . import chunkft, objectives, tokens
 from .chunkft import ChunkAdamW
 from .objectives import Objective, RowStats, objective
 from .ops.attention_entropy import AttentionProbe, attention_entropy
+from .ops.block_rotation import block_rotation
 from .ops.farthest_frames import coverage_radius, farthest_frames
 from .ops.linear_loss import linear_loss
 from .ops.linear_stats import linear_stats
@@ -22,7 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionOutput", "AttentionProbe", "ChunkAdamW", "HostSink", "LoRAHead", "Objective", "RowStats", "Teacher",
-    "attention_certificate", "attention_entropy", "chunkft", "coverage_radius", "farthest_frames", "implied_target",
-    "linear_loss", "linear_stats", "maxsim", "merge_attention", "objective", "objectives", "row_loss",
+    "attention_certificate", "attention_entropy", "block_rotation", "chunkft", "coverage_radius", "farthest_frames",
+    "implied_target", "linear_loss", "linear_stats", "maxsim", "merge_attention", "objective", "objectives", "row_loss",
     "selected_attention", "tokens",
 ]  # fmt: skip

@@ -10,14 +10,16 @@ from .lazy import lazy
 _HOMES = {
     "TargetSFTTrainer": "target_sft", "fuse_lm_head": "fused_head", "FusedHead": "fused_head",
     "fuse_policy_head": "policy_head", "PolicyHead": "policy_head", "load_model": "models", "accuracy": "evaluate",
+    "fuse_oft": "fused_oft", "FusedOFT": "fused_oft",
     "AXPOConfig": "axpo.config", "AXPOTrainer": "axpo.trainer",
     "DriftConfig": "drift.trainer", "DriftTrainer": "drift.trainer",
     "RARFTTrainer": "ra_rft.trainer", "RetrieverTrainer": "ra_rft.retriever",
 }  # fmt: skip
 
 __all__ = [
-    "AXPOConfig", "AXPOTrainer", "DriftConfig", "DriftTrainer", "FusedHead", "PolicyHead", "RARFTTrainer",
-    "RetrieverTrainer", "TargetSFTTrainer", "accuracy", "fuse_lm_head", "fuse_policy_head", "load_model",
+    "AXPOConfig", "AXPOTrainer", "DriftConfig", "DriftTrainer", "FusedHead", "FusedOFT", "PolicyHead",
+    "RARFTTrainer", "RetrieverTrainer", "TargetSFTTrainer", "accuracy", "fuse_lm_head", "fuse_oft", "fuse_policy_head",
+    "load_model",
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ PACKAGES = (
     "numpy", "pyyaml",
 )  # fmt: skip
 #: Each public op and the device kernels it runs on.
-OPS = ("linear_loss", "linear_stats", "row_loss", "ChunkAdamW")
+OPS = ("linear_loss", "linear_stats", "row_loss", "block_rotation", "ChunkAdamW")
 #: Ops whose kernels have no C++ form.
 WITHOUT_HOST = ("selected_attention", "attention_entropy", "farthest_frames")
 

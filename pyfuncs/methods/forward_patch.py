@@ -51,4 +51,4 @@ def refuse_patched(model: nn.Module) -> None:
     # accelerate's wrappers copy a function's attributes, so this sees through them
     present = getattr(model.__dict__.get("forward"), "burnish", None)
     if present is not None and present.active:
-        raise ValueError("this model's head is fused already: call restore() on its handle first")
+        raise ValueError("this model is fused already: call restore() on its handle first")

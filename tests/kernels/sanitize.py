@@ -2,8 +2,8 @@
 
     python tests/kernels/sanitize.py fold jsd grad adamw segment_sum
     python tests/kernels/sanitize.py broken-load broken-store broken-fold       # the harness at work
-    python tests/kernels/sanitize.py attention probe farthest maxsim
-    python tests/kernels/sanitize.py broken-adamw broken-segment_sum broken-attention broken-maxsim
+    python tests/kernels/sanitize.py attention probe farthest maxsim rotation
+    python tests/kernels/sanitize.py broken-adamw broken-segment_sum broken-attention broken-maxsim broken-rotation
 
 A process of its own: triton-viz rewrites the interpreter, and reads its settings on import.
 """
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import attention_problems
 import maxsim_problems
 import numpy as np
+import rotation_problems
 import torch
 import triton
 import triton.language as tl
@@ -38,6 +39,7 @@ from burnish.kernels import (
     farthest_triton,
     maxsim_triton,
     probe_triton,
+    rotation_triton,
     rows_triton,
     segment_sum_triton,
 )
@@ -116,7 +118,7 @@ def run(what: str) -> None:
     broken, what = what.startswith("broken-"), what.removeprefix("broken-")
     others = {
         "adamw": run_adamw, "segment_sum": run_segment_sum, "attention": run_attention, "probe": run_probe,
-        "farthest": run_farthest, "maxsim": run_maxsim,
+        "farthest": run_farthest, "maxsim": run_maxsim, "rotation": run_rotation,
     }  # fmt: skip
     if what in others:
         return others[what](broken)
@@ -252,6 +254,32 @@ def run_maxsim(broken: bool) -> None:
                 arg.view(-1)[-1] = shape[3] * shape[2] + 1
             maxsim_triton.backward(p.queries, p.documents, arg, p.upstream, wanted=(True, True))
         launches.append("maxsim")
+
+
+def run_rotation(broken: bool) -> None:
+    """Ragged tiles and shares, one generator for all, rows of any stride; or a row too many."""
+    small = mock.patch.object(rotation_triton, "tiles", lambda *_: (16, 16, 4))
+    for shape in (*rotation_problems.SHAPES, *rotation_problems.EDGES):
+        for shared in (False, True):
+            p = rotation_problems.problem(shape, shared=shared).to(torch.float32)
+            wide = torch.zeros(len(p.x), p.x.shape[1] + 3)
+            x, delta = wide[:, 3:], p.delta()
+            if broken:
+                rotation_triton.rotate_kernel = OneRowTooMany(rotation_triton.rotate_kernel)
+            with small, allocated() as made, bounded(made, x, wide, delta, p.dy):
+                rotation_triton.forward(x, delta)
+                rotation_triton.backward(x, delta, p.dy, wanted=(True, True))
+            launches.append("rotation")
+
+
+class OneRowTooMany:
+    """A rotation that is told of a row that x does not have."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args, rows, **given: self.kernel[grid](*args, rows=rows + 1, **given)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ assert state[1, 0] == 4
     ]  # fmt: skip
     results = [(*p.communicate(timeout=300), p.returncode) for p in running]
     assert [r[2] for r in results] == [0, 0], results
-    assert sum("built the CPU row kernels" in r[1] for r in results) == 1, results
+    assert sum("built the CPU kernels" in r[1] for r in results) == 1, results
     assert all(not r[0] for r in results)  # nothing is printed
     (folder,) = tmp_path.iterdir()
     assert {p.name for p in folder.iterdir()} == {"burnish_host.so", "burnish_host.lock"}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rotation_problems
 import rowcheck
 import torch
 import triton
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import ledger
 
-from burnish.kernels import rows_triton, segment_sum_triton
+from burnish.kernels import rotation_triton, rows_triton, segment_sum_triton
 from burnish.kernels.contract import COEF, STATISTICS, new_state
 
 N, V = 3, 37
@@ -108,6 +109,21 @@ def test_a_segmented_sum_issues_what_the_formula_says(padding_idx, monkeypatch):
     found = sum(2 <= t < 6 and t != padding_idx for t in tokens.tolist())
     assert (launch.reads["GRAD"], launch.writes) == (found * V, {"OUT": 4 * V})
     launch.writes["OUT"] -= 1
+    assert ledger.violations(launches) != []
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shape", [(67, 5, 20), (33, 4, 16), (300, 2, 32)], ids=str)
+def test_the_block_rotation_issues_what_the_formula_says(shape, shared):
+    """x is read once and y written once; backward reads x and dy once and writes dx once."""
+    p = rotation_problems.problem(shape, shared=shared).to(torch.bfloat16)
+    with ledger.counted() as launches:
+        rotation_triton.forward(p.x, p.delta())
+        rotation_triton.backward(p.x, p.delta(), p.dy, wanted=(True, True))
+    rotate, backward = launches
+    assert ledger.violations(launches) == []
+    assert rotate.reads["X"] == rotate.writes["OUT"] == backward.reads["DY"] == backward.writes["DX"] == p.x.numel()
+    backward.reads["X"] += 1
     assert ledger.violations(launches) != []
 
 

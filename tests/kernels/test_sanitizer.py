@@ -38,11 +38,11 @@ def test_the_sanitizer_catches_broken_kernels():
 def test_kernels_whose_addresses_come_from_memory_stay_within_their_tensors():
     """AdamW's tiles and a segment's rows: every address of some launches, and the check at work on a broken table."""
     out = _sanitize(
-        "adamw", "segment_sum", "attention", "probe", "farthest", "maxsim",
-        "broken-adamw", "broken-segment_sum", "broken-attention", "broken-maxsim",
+        "adamw", "segment_sum", "attention", "probe", "farthest", "maxsim", "rotation",
+        "broken-adamw", "broken-segment_sum", "broken-attention", "broken-maxsim", "broken-rotation",
     )  # fmt: skip
     assert "\nadamw: clean, 4 launches\nsegment_sum: clean, 4 launches\n" in "\n" + out, out[-4000:]
-    for kernel, cases in (("attention", 7), ("probe", 3), ("farthest", 3), ("maxsim", 9)):
+    for kernel, cases in (("attention", 7), ("probe", 3), ("farthest", 3), ("maxsim", 9), ("rotation", 16)):
         assert f"\n{kernel}: clean, {cases} launches\n" in out, out[-4000:]
-    for kernel in ("broken-adamw", "broken-segment_sum", "broken-attention", "broken-maxsim"):
+    for kernel in ("broken-adamw", "broken-segment_sum", "broken-attention", "broken-maxsim", "broken-rotation"):
         assert f"{kernel}: caught" in out, out[-4000:]

@@ -40,10 +40,12 @@ def test_all_kernels_compile_for_all_targets(compiled):
     names = {tuple(name.split("/")[::3]) for name in compiled["maxsim_kernels"]}
     maxsim = ("maxsim_forward", "maxsim_d_queries", "maxsim_d_documents")
     assert names == {(kernel, target) for kernel in maxsim for target in targets}
+    names = {tuple(name.split("/")[::3]) for name in compiled["rotation_kernels"]}
+    assert names == {(kernel, target) for kernel in ("rotation_rotate", "rotation_backward") for target in targets}
 
 
 def ours(result):
-    parts = ("kernels", "other_kernels", "attention_kernels", "maxsim_kernels")
+    parts = ("kernels", "other_kernels", "attention_kernels", "maxsim_kernels", "rotation_kernels")
     return {name: counts for part in parts for name, counts in result[part].items()}
 
 
