@@ -1,4 +1,4 @@
-"""How far a point of a path has gone: what points of two paths are compared by, since equal t are not equal distances."""
+"""How far a point of a path has gone: points of two paths at equal t are not at equal distance."""
 
 from __future__ import annotations
 

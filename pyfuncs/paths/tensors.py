@@ -201,8 +201,8 @@ class StateDict:
 
 
 def as_tensors(source) -> Tensors:
-    """A directory, a module, a state dict, a path's point, or what is one of ``Tensors`` already.  TypeError for anything
-    else."""
+    """A directory, a module, a state dict, or what is one of ``Tensors`` already (a path's point is).  TypeError for
+    anything else."""
     if isinstance(source, (str, os.PathLike)):
         return Checkpoint(source)
     if isinstance(source, torch.nn.Module):

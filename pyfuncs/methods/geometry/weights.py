@@ -112,7 +112,7 @@ def matrices(before: Tensors, after: Tensors, names: Iterable[str] | None = None
     chosen = list(names)
     for name in chosen:
         if name not in before or name not in after:
-            raise ValueError(f"names: {name} is not in the model {'before' if name not in before else 'after'} training")
+            raise ValueError(f"names: {name} is not in the model {'after' if name in before else 'before'} training")
         if len(after.shape(name)) != 2:
             raise ValueError(f"names: {name} is no matrix: its shape is {after.shape(name)}")
     return chosen
