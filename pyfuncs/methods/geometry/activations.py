@@ -36,7 +36,7 @@ def activation_geometry(
     Returns {module: metrics}.  X0, X1 (tokens, d) are a module's outputs in base and tuned; c: columns centred:
 
         mean_cosine_drift               mean of 1 - cos(x0, x1)
-        angle_mean, angle_median        of the angle of x0 and x1, radians; the median is exact: a number a token is kept
+        angle_mean, angle_median        of the angle of x0 and x1 in radians; exact: one number a token is kept
         log_norm_ratio                  mean of |log(||x1|| / ||x0||)|, of tokens where neither is zero
         gram_cosine_dist                ||Z1 Z1^T - Z0 Z0^T||_F / ||Z0 Z0^T||_F, Z with rows of length 1, not centred
         raw_residual                    ||X1c - X0c||_F / ||X0c||_F

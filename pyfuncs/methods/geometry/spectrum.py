@@ -37,7 +37,8 @@ def singular_values(matrix: torch.Tensor) -> torch.Tensor:
     """(min(m, n),) singular values in fp64, falling, to about eps s_1: the Gram matrix, refined.
 
     Each level solves the Gram matrix of what is left, takes the values of its upper five decades as the lengths
-    ||M v||, and goes on with M times the other vectors, whose Gram matrix has a scale of its own.
+    ||M v||, and goes on with M times the other vectors, cleared of the directions just found: a matrix whose Gram
+    matrix has a scale of its own.
     """
     rest = matrix.double()
     if rest.shape[0] < rest.shape[1]:
@@ -52,7 +53,9 @@ def singular_values(matrix: torch.Tensor) -> torch.Tensor:
         if not lengths.max() > 0:
             done[-1] = lengths
             break
+        found = rest[:, ~small] / lengths[~small]
         rest = rest[:, small]
+        rest = rest - found @ (found.T @ rest)
     return torch.cat(done).sort(descending=True).values if done else rest.new_zeros(0)
 
 

@@ -11,8 +11,8 @@ from ...paths.blend import working
 from .spectrum import clusters, fluctuation, gram_values, gram_vectors, spectral_norm
 
 GROUPS = ("drift", "spectrum", "profiles", "subspace")
-#: Elements of a block of rows in fp64; two are held.
-_BLOCK = 1 << 20
+#: Elements of a block of rows in fp64; four are held while one follows another.
+_BLOCK = 1 << 19
 
 
 def weight_geometry(
@@ -59,7 +59,7 @@ def weight_geometry(
         and the mean principal angle, in degrees, between the spans of the first ``directions`` vectors (and the rest
         of the last one's cluster).  Arrays: ``sva_right_profile`` and so on, ``cluster``.
 
-    Memory: the two tensors as they are stored, two blocks of 8 MiB (or of one row) in fp64, and a handful of (r, r)
+    Memory: the two tensors as they are stored, four blocks of 4 MiB (or of one row) in fp64, and a dozen (r, r)
     matrices in fp64; above ``exact_below`` the two tensors and dW in fp32.
 
     ValueError where a matrix is on one side only, shapes differ, a dtype is not one of floating point, a value is not
