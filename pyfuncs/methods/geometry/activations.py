@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .capture import Forward, choose_modules, evaluating, find, forward, listening, rows, token_mask
+from ..frozen import evaluating
+from .capture import Forward, choose_modules, find, forward, listening, rows, token_mask
 from .moments import Moments, PairMoments, Sample
 from .spectrum import nuclear_norm
 
@@ -68,7 +69,7 @@ def activation_geometry(
     if shared:
         raise ValueError(f"base and tuned share {shared[0]}: copy the base model before PEFT wraps it")
     found = {n: _Pair(n, widest, sample, seed) for n in names}
-    with evaluating(base, tuned):
+    with torch.no_grad(), evaluating(base), evaluating(tuned):
         for batch in batches:
             mask = token_mask(batch)
             for pair in found.values():

@@ -137,8 +137,9 @@ def read_pair(before: Tensors, after: Tensors, name: str) -> tuple[torch.Tensor,
     """A matrix of both models.  ValueError where shapes differ or the dtype is not one of floating point."""
     if before.shape(name) != after.shape(name):
         raise ValueError(f"{name}: shape {before.shape(name)} before training, {after.shape(name)} after")
-    working(before.dtype(name))
-    working(after.dtype(name))
+    for tensors in (before, after):
+        if not tensors.dtype(name).is_floating_point or tensors.dtype(name).itemsize < 2:
+            raise ValueError(f"{name}: dtype {tensors.dtype(name)} is not one that arithmetic is done in")
     return before.tensor(name), after.tensor(name)
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -214,6 +216,14 @@ def test_memory_is_two_tensors_blocks_and_small_squares(tmp_path):
     assert live.peak <= 1.5 * two + 4 * block
 
 
+def test_empty_matrices_and_imports():
+    for exact in (0, 10):
+        got = weight_geometry({"w": torch.zeros(0, 4)}, {"w": torch.zeros(0, 4)}, groups=ALL, exact_below=exact)["w"]
+        assert all(v == 0 for v in got.values())
+    code = "import sys, burnish.methods.geometry; assert not {'transformers', 'trl', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_neither_model_is_written_to():
     w0, w1 = pair((20, 20))
     before = w0.clone(), w1.clone()
@@ -258,7 +268,7 @@ def test_which_matrices():
         ({"post": {"w": torch.zeros(3, 4), "v": torch.zeros(3)}}, r"w: shape \(4, 3\) before training, \(3, 4\) after"),
         ({"post": {"w": torch.full((4, 3), float("nan")), "v": torch.zeros(3)}}, "w has values that are not finite"),
         ({"post": {"w": torch.full((4, 3), float("inf"))}, "exact_below": 0}, "not finite"),
-        ({"post": {"w": torch.zeros(4, 3, dtype=torch.int8)}, "names": ["w"]}, "int8"),
+        ({"post": {"w": torch.zeros(4, 3, dtype=torch.int8)}, "names": ["w"]}, "w: dtype torch.int8"),
         ({"pre": {"v": torch.zeros(3)}, "post": {"v": torch.zeros(3)}}, "no matrix of floating point"),
     ],
 )
