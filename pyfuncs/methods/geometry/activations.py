@@ -146,7 +146,7 @@ class _Pair:
 
     def finish(self, ks: tuple[int, ...]) -> dict[str, float]:
         m, count = self.moments, self.moments.count
-        if count < 2:
+        if count < 2 or m.means is None or self.sample is None:
             raise ValueError(f"{self.name}: {count} tokens; two are needed")
         before, after = float(m.s00.trace()), float(m.s11.trace())
         if not (before < float("inf") and after < float("inf")):
@@ -158,7 +158,7 @@ class _Pair:
             "angle_mean": float(angles.mean()),
             "angle_median": float((angles[(count - 1) // 2] + angles[count // 2]) / 2),
             "log_norm_ratio": self.norms / self.sized if self.sized else 0.0,
-            "gram_cosine_dist": self._gram(),
+            "gram_cosine_dist": _gram(self.sample),
             "raw_residual": _over(self.moved.square, before) ** 0.5,
             "proc_residual": _over(max(0.0, before + after - 2 * nuclear_norm(m.s01)), before) ** 0.5,
             "linear_cka": _over(float(m.s01.square().sum()), float(m.s00.norm() * m.s11.norm())),
@@ -173,11 +173,12 @@ class _Pair:
                 out[f"subspace_dist_{k}"] = float((q - p @ (p.T @ q)).norm()) / k**0.5
         return out
 
-    def _gram(self) -> float:
-        z = self.sample.double()
-        z = z / z.norm(dim=2, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-        first, second = z[0] @ z[0].T, z[1] @ z[1].T
-        return _over(float((second - first).norm()), float(first.norm()))
+
+def _gram(sample: torch.Tensor) -> float:
+    z = sample.double()
+    z = z / z.norm(dim=2, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+    first, second = z[0] @ z[0].T, z[1] @ z[1].T
+    return _over(float((second - first).norm()), float(first.norm()))
 
 
 def _over(part: float, whole: float) -> float:

@@ -20,7 +20,9 @@ Forward = Callable[[torch.nn.Module, Mapping[str, Any]], Any]
 def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
     """``model(**batch)`` without labels; of the logits only the last position's, where the model offers it."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         inputs.setdefault("logits_to_keep", 1)
     model(**inputs)
