@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.*
 
-.PHONY: demo test bench bench-chunkft bench-tokens bench-policy gpu lint clean
+.PHONY: demo test bench bench-chunkft bench-tokens bench-policy bench-post gpu lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,11 @@ bench-policy: $(VENV)/.peers  ## policy losses, MaxSim, and the three methods wi
 	$(BIN)/python benchmarks/drift_run.py
 	$(BIN)/python benchmarks/axpo_run.py
 	$(BIN)/python benchmarks/ra_rft.py
+	$(BIN)/python benchmarks/docs.py
+
+bench-post: $(VENV)/.installed  ## methods that act on whole checkpoints, and a real model's diagnostics
+	$(BIN)/python benchmarks/post.py
+	$(BIN)/python benchmarks/needle.py
 	$(BIN)/python benchmarks/docs.py
 
 gpu: $(VENV)/.peers  ## the tests and timings on a GPU; results named by device and versions

@@ -664,6 +664,26 @@ def tokens_model() -> str:
     return "\n".join([about, "", "![seconds over frames](tokens.png)", "", *_table(header, rows)])
 
 
+def checkpoint() -> str:
+    r = json.loads((RESULTS / "post.json").read_text())["checkpoint"]
+    rows = []
+    copies = [run["seconds"] for m in r["rows"] if m["kind"] == "copy" for run in m["runs"]]
+    for m in r["rows"]:
+        best = min(run["seconds"] for run in m["runs"])
+        rows.append([
+            m["kind"], f"{m['seconds']:.2f} s", f"{m['mb_per_second']:.0f}", f"{m['of_copy']:.2f}",
+            f"{min(copies) / best:.2f}", f"{m['peak_rss'] / 1e6:.0f} MB",
+        ])  # fmt: skip
+    about = (
+        f"`python benchmarks/post.py`: two bf16 checkpoints of {r['bytes'] / 1e9:.2f} GB in shards, {r['layers']} "
+        f"layers, largest tensor {r['largest_tensor'] / 1e6:.0f} MB, threads: {r['threads']}, this machine's disk, "
+        f"caches dropped on request, everything flushed; medians of {r['repeats']} (`benchmarks/results/post.json`). "
+        f"The machine was shared with other work: a copy took from {min(copies):.2f} to {max(copies):.2f} s."
+    )
+    header = ["", "time", "MB/s written", "of a copy", "best of each", "peak RSS, added"]
+    return "\n".join([about, "", *_table(header, rows)])
+
+
 def _from_results(name: str, module: str, function: str):
     """A part that a method's or a script's own function writes from benchmarks/results/<name>.json."""
 
@@ -681,6 +701,11 @@ PARTS = {
     "axpo run": ("docs/axpo.md", _from_results("axpo_run", "axpo_run", "markdown")),
     "demo ra-rft": ("docs/ra_rft.md", _from_results("demo_ra_rft", "burnish.methods.ra_rft.demo_report", "table")),
     "geometry": ("docs/geometry.md", _from_results("geometry_cpu", "geometry", "table")),
+    "demo qk-restore": (
+        "docs/qk_restore.md", _from_results("demo_qk_restore", "burnish.methods.qk_restore.demo_report", "table"),
+    ),
+    "needle": ("docs/qk_restore.md", _from_results("needle", "needle", "markdown")),
+    "checkpoint": ("docs/weight_paths.md", checkpoint),
     "maxsim": ("docs/maxsim.md", _from_results("maxsim_cpu", "maxsim", "table")),
     "rotation kernels": ("docs/block_rotation.md", rotation_kernels),
     "oft_cpu": ("docs/block_rotation.md", _from_results("oft_cpu", "oft", "table")),

@@ -2,11 +2,7 @@
 
 #pragma once
 
-<<<<<<< HEAD
 #include <ATen/cpu/vec/functional.h>  // with AVX-512 vec.h only declares the conversions from float
-=======
-#include <ATen/cpu/vec/functional.h>
->>>>>>> 689f44c581b59a87b0262fd176588c18ee1f7e63
 #include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>

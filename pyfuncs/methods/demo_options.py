@@ -34,20 +34,25 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class RecallDemoOptions:
-    """What ``burnish demo qk-restore`` runs: seeds, updates before and in fine-tuning, where results go."""
+    """What ``burnish demo qk-restore`` runs.  ``workers``: seeds at once; ``problems``: of each task and length (fewer
+    long ones)."""
 
-    seeds: int = 3
-    pretrain_steps: int = 3000
+    seeds: int = 5
+    pretrain_steps: int = 600
     sft_steps: int = 300
     sft_learning_rate: float = 1e-3
     batch_size: int = 32
-    problems: int = 256
+    problems: int = 128
+    seed: int = 0
+    workers: int = 2
     output: str = "runs/demo-qk-restore"
 
     def check(self) -> RecallDemoOptions:
         """Itself; ValueError for a value that cannot be."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "output" and not value > 0:
+            if field.name not in ("output", "seed") and not value > 0:
                 raise ValueError(f"{field.name.replace('_', '-')} must be > 0; got {value}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0; got {self.seed}")
         return self

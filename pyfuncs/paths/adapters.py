@@ -5,7 +5,6 @@ PEFT-Arena (arXiv 2605.28819) rewinds a finished run along such a path; HF PEFT 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -19,7 +18,7 @@ import torch
 from .blend import BLOCK, blend_, working
 from .path import WeightPath
 from .selectors import Selection, Selector
-from .tensors import Checkpoint, StateDict, Tensors, as_tensors
+from .tensors import Checkpoint, StateDict, Tensors, as_tensors, read_json
 
 _PREFIX = "base_model.model."
 #: Initialisations of LoRA that change the base weights too: W0 + s B A is then of another W0.
@@ -45,7 +44,7 @@ def read_adapter(folder: str | os.PathLike) -> Adapter:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no adapter_config.json")
-    return Adapter(json.loads(path.read_text()), Checkpoint(folder, "adapter_model"))
+    return Adapter(read_json(path), Checkpoint(folder, "adapter_model"))
 
 
 def split_model(model, adapter_name: str = "default") -> tuple[StateDict, Adapter]:

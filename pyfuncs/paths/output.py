@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -33,7 +34,7 @@ def atomic_directory(out: str | os.PathLike, need: int = 0) -> Iterator[Path]:
     parent = out.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}."
-    for stale in parent.glob(f"{prefix}*{_SUFFIX}"):
+    for stale in parent.glob(f"{glob.escape(prefix)}*{_SUFFIX}"):
         handle = _lock(stale)
         if handle is not None:
             shutil.rmtree(stale, ignore_errors=True)

@@ -11,7 +11,7 @@ import torch
 from .blend import BLOCK, blend_, parts
 from .layers import Stack, find_stack
 from .selectors import Selection, Selector, everything
-from .tensors import Checkpoint, Tensors, as_tensors
+from .tensors import Checkpoint, StateDict, Tensors, as_tensors
 
 #: A point on a path: one number in [0, 1], or one for each decoder layer and, at None, for the tensors of no layer.
 Point = float | Mapping[int | None, float]
@@ -33,6 +33,11 @@ class WeightPath(ABC):
         unknown = [n for n in self.selector if n not in template]
         if unknown:
             raise ValueError(f"selector: {unknown[0]} and {len(unknown) - 1} more are not among the path's tensors")
+        for names in template.tied() if isinstance(template, StateDict) else ():
+            moves = [self.selector.get(n) for n in names]
+            for name, move in zip(names, moves, strict=True):
+                if (move and (move.ranges, move.axis)) != (moves[0] and (moves[0].ranges, moves[0].axis)):
+                    raise ValueError(f"selector: {names[0]} and {name} are one tensor: select the same of both")
         self._count = layers
         self._stack: Stack | None = None
 
@@ -163,6 +168,10 @@ class Additive(WeightPath):
     def __init__(self, pre, post, selector: Selector | None = None, layers: int | None = None):
         self.pre = as_tensors(pre)
         super().__init__(as_tensors(post), selector, layers)
+        if isinstance(self.template, StateDict) and isinstance(self.pre, (Checkpoint, StateDict)):
+            # a file has a tied tensor once, a model has it under each of its names
+            there = [(n, [m for m in names if m in self.pre]) for names in self.template.tied() for n in names]
+            self.pre = self.pre.also({n: known[0] for n, known in there if known and n not in self.pre})
         for name in self.selector:
             if name not in self.pre:
                 raise ValueError(f"{name} is in the model after training and not in the one before")

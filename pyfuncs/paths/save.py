@@ -88,6 +88,9 @@ def _belongs(path: Path, template: Checkpoint) -> bool:
     parts = path.relative_to(template.folder).parts
     if len(parts) > 1 and (parts[0].startswith(("checkpoint-", ".", "runs")) or len(parts) > 2):
         return False
+    # another model, kept in a directory of this one
+    if len(parts) > 1 and any(path.parent.glob("*.safetensors")):
+        return False
     # an index of other weights (pytorch_model.bin.index.json) would name files that are not there
     return not path.name.endswith(".index.json") or set(_weights(path)) <= set(template.files)
 

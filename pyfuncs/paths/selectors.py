@@ -121,7 +121,7 @@ def attention_sizes(config, layer: int = 0) -> Attention:
         return None
 
     heads = read("num_attention_heads", "n_head", "n_heads", "num_heads")
-    if heads is None:
+    if not heads:
         raise ValueError("config: no number of attention heads: give num_attention_heads")
     kv_heads = read("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
     if fields.get("model_type") == "falcon" and not fields.get("new_decoder_architecture"):

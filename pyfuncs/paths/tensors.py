@@ -5,7 +5,9 @@ A tensor of a checkpoint is read into memory of its own and never mapped, so wha
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -63,8 +65,9 @@ class Checkpoint:
         files: shard -> its tensors' names in the order of their bytes.
         size: bytes of all shards.
 
-    Only headers are read here.  ValueError where there is no such directory, a shard is missing or cut short, or a
-    tensor that the index lists is in no shard.
+    Only headers are read here.  Where there are both, the whole file is the model and not the index, as for
+    transformers.  ValueError where there is no such directory, a shard is missing, cut short or elsewhere than in it,
+    or a tensor that the index lists is in no shard.
     """
 
     def __init__(self, folder: str | os.PathLike, stem: str = "model"):
@@ -75,20 +78,22 @@ class Checkpoint:
         self.files: dict[str, list[str]] = {}
         self.size = 0
         whole, index = self.folder / f"{stem}.safetensors", self.folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            listed = _json(index).get("weight_map")
+        if whole.is_file():
+            listed, shards = None, [whole.name]
+        elif index.is_file():
+            listed = read_json(index).get("weight_map")
             if not isinstance(listed, dict) or not listed:
                 raise ValueError(f"{index}: no weight_map")
-            shards = sorted(set(listed.values()))
+            shards = sorted(set(map(str, listed.values())))
+            # a shard is written under its own name again: it must not lead out of the directory
+            outside = [s for s in shards if Path(s).name != s]
+            if outside:
+                raise ValueError(f"{index}: {outside[0]!r} is not the name of a file beside it")
             missing = [s for s in shards if not (self.folder / s).is_file()]
             if missing:
                 raise ValueError(f"{folder}: missing {len(missing)} of {len(shards)} shards: {', '.join(missing)}")
-        elif whole.is_file():
-            listed, shards = None, [whole.name]
         else:
-            others = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-            hint = f"; {others[0]} must be converted to safetensors first" if others else ""
-            raise ValueError(f"{folder}: neither {whole.name} nor {index.name}{hint}")
+            raise ValueError(f"{folder}: neither {whole.name} nor {index.name}{_hint(self.folder)}")
         for shard in shards:
             self._read_header(shard)
         absent = sorted(set(listed or ()) - self.entries.keys())
@@ -115,6 +120,14 @@ class Checkpoint:
         end = max((e.end for e in found.values()), default=8 + length)
         if end != size:
             raise ValueError(f"{path}: cut short: {size} bytes where its header says {end}")
+        end = 8 + length
+        for name, e in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
+            need = e.end - e.start
+            if e.dtype in DTYPES:
+                need = math.prod(e.shape) * DTYPES[e.dtype].itemsize
+            if e.start != end or need != e.end - e.start:
+                raise ValueError(f"{path}: not a safetensors file: {name} is at bytes {e.start} to {e.end}")
+            end = e.end
         twice = self.entries.keys() & found
         if twice:
             raise ValueError(f"{path}: {min(twice)} is in {self.entries[min(twice)].file} too")
@@ -163,6 +176,12 @@ class Checkpoint:
                     done += got
                 yield raw
 
+    def also(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint, with further names for some of its tensors: new name -> the one that it has."""
+        out = copy.copy(self)
+        out.entries = self.entries | {new: self.entries[name] for new, name in names.items()}
+        return out
+
     def prefetch(self, name: str) -> None:
         """Tell the system that a tensor will be read soon; returns at once."""
         entry = self.entries.get(name)
@@ -175,7 +194,7 @@ class Checkpoint:
         path = self.folder / "config.json"
         if not path.is_file():
             raise ValueError(f"{self.folder}: no config.json")
-        return _json(path)
+        return read_json(path)
 
 
 class StateDict:
@@ -189,6 +208,18 @@ class StateDict:
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
+
+    def also(self, names: Mapping[str, str]) -> StateDict:
+        """The same tensors, with further names for some of them: new name -> the one that it has."""
+        return StateDict(self.tensors | {new: self.tensors[name] for new, name in names.items()})
+
+    def tied(self) -> list[list[str]]:
+        """Names of one tensor each, where it has several (an embedding that is the head too)."""
+        groups: dict[tuple, list[str]] = {}
+        for name, x in self.tensors.items():
+            if x.numel():
+                groups.setdefault((x.device, x.data_ptr(), x.dtype, x.shape, x.stride()), []).append(name)
+        return [names for names in groups.values() if len(names) > 1]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
@@ -214,7 +245,17 @@ def as_tensors(source) -> Tensors:
     raise TypeError(f"a directory, a module or a state dict is needed; got {type(source).__name__}")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _hint(folder: Path) -> str:
+    """What a directory without weights has instead."""
+    if any(folder.glob("adapter_model.*")):
+        return "; it holds an adapter, not a model"
+    if any(folder.glob("*.safetensors")):
+        return "; there are shards without an index"
+    others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    return f"; {others[0]} must be converted to safetensors first" if others else ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:

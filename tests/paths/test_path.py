@@ -164,3 +164,44 @@ def test_load_into_a_model_with_tied_weights():
     with pytest.raises(ValueError, match="the model has no tensor"):
         path.load_into(smaller, 0.5)
     assert everything(path.template).keys() == want.keys()
+
+
+def tied(seed):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["directory", "state dict"])
+def test_tied_tensors_are_one_where_a_model_meets_a_file(kind, tmp_path):
+    """A file has the embedding once; the model has it as its head too."""
+    before, after = tied(0), tied(1)
+    before.save_pretrained(tmp_path / "before")
+    source = tmp_path / "before"
+    if kind == "state dict":
+        source = {n: x for n, x in before.state_dict().items() if n != "lm_head.weight"}
+    path = Additive(source, after)
+    end = dict(path.at(0))
+    assert set(end) == set(before.state_dict()) and all(torch.equal(end[n], x) for n, x in before.state_dict().items())
+    path.load_into(after, 0)
+    assert torch.equal(after.lm_head.weight, before.lm_head.weight)
+
+
+def test_half_of_a_tie_cannot_move():
+    """Written last, the head would undo what was done to the embedding."""
+    before, after = tied(0), tied(1)
+    for half in ("model.embed_tokens.weight", "lm_head.weight"):
+        with pytest.raises(ValueError, match="are one tensor: select the same of both"):
+            Additive(before, after, {half: Selection()})
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    with pytest.raises(ValueError, match="are one tensor"):
+        Additive(before, after, {n: Selection(((0, i + 1),)) for i, n in enumerate(names)})
+    rows = {n: Selection(((0, 2),)) for n in names}
+    want = after.lm_head.weight.detach().clone()
+    Additive(before, after, rows).load_into(after, 0)
+    assert torch.equal(after.lm_head.weight[:2], before.lm_head.weight[:2])
+    assert torch.equal(after.lm_head.weight[2:], want[2:])

@@ -192,3 +192,27 @@ def test_a_killed_process_leaves_no_output_and_the_next_cleans_up(write, state, 
         and json.loads((out / "config.json").read_text() if (out / "config.json").exists() else "{}") == {}
     )
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "out"}
+
+
+def test_side_files_are_this_models(write, state, tmp_path):
+    """A model kept in a directory of the model, a run's checkpoints and other weights' index are not its side files."""
+    pre, post = write("pre", state(0)), write("post", state(1), config={"a": 1})
+    for name in ("restored/config.json", "tokenizer/vocab.json", "checkpoint-3/config.json", "a/b/c.json", "notes.bin"):
+        (post / name).parent.mkdir(parents=True, exist_ok=True)
+        (post / name).write_text("{}")
+    (post / "restored" / "model.safetensors").write_bytes((post / "model.safetensors").read_bytes())
+    (post / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w": "pytorch_model.bin"}}))
+    save(Additive(pre, post), 0, tmp_path / "out")
+    found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert found == {"model.safetensors", "config.json", "tokenizer/vocab.json"}
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a*", "a b"])
+def test_any_name_is_cleaned_up_after(name, tmp_path):
+    """What a killed process left under a name with glob's own characters; a neighbour's is left alone."""
+    stale = [tmp_path / f".{n}.x.partial" for n in (name, "a" + "c" * 3)]
+    for folder in stale:
+        folder.mkdir()
+    with atomic_directory(tmp_path / name) as folder:
+        (folder / "f").write_text("x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, stale[1].name])

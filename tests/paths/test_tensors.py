@@ -1,10 +1,12 @@
 """Reading checkpoints: what is in them, and what is said of broken ones."""
 
 import json
+import struct
 import tracemalloc
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from burnish.ops.live_bytes import LiveBytes
 from burnish.paths import Checkpoint, StateDict, as_tensors
@@ -79,3 +81,73 @@ def test_sources(state):
     assert set(as_tensors(torch.nn.Linear(2, 2))) == {"weight", "bias"}
     with pytest.raises(TypeError, match="got int"):
         as_tensors(3)
+
+
+def entry(start, end, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+HEADERS = {
+    "overlap": {"a": entry(0, 8), "b": entry(4, 12), "c": entry(12, 16, (1,))},
+    "hole": {"a": entry(0, 8), "b": entry(12, 16, (1,))},
+    "backwards": {"a": entry(8, 0), "b": entry(8, 16)},
+    "shape": {"a": entry(0, 8, (3,)), "b": entry(8, 16)},
+    "dtype": {"a": entry(0, 8, dtype="BF16"), "b": entry(8, 16)},
+    "before the data": {"a": entry(-8, 0), "b": entry(0, 16, (4,))},
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers_that_lie_are_refused(case, tmp_path):
+    """Offsets decide what is copied and what is replaced: they must cover the data once, each as its shape says."""
+    header = json.dumps(HEADERS[case]).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    with pytest.raises(ValueError, match="not a safetensors file: [abc] is at bytes"):
+        Checkpoint(tmp_path)
+
+
+def test_unknown_dtypes_are_carried_and_not_opened(tmp_path):
+    header = json.dumps({"a": entry(0, 3, (5,), "F6_X"), "b": entry(3, 11)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(11))
+    found = Checkpoint(tmp_path)
+    assert torch.equal(found.tensor("b"), torch.zeros(2))
+    with pytest.raises(ValueError, match="a has dtype F6_X, which cannot be read"):
+        found.tensor("a")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "..", 7, None])
+def test_shards_lie_beside_their_index(name, write, state):
+    """A shard's name is written again below the new directory."""
+    folder = write("model", state(0), 2)
+    (folder / "sub").mkdir()
+    for place in (folder.parent / "model.safetensors", folder / "sub" / "x.safetensors"):
+        place.write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
+    index = {"weight_map": {n: name for n in state(0)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="is not the name of a file|missing 1 of 1 shards"):
+        Checkpoint(folder)
+
+
+def test_a_whole_file_comes_before_an_index_as_in_transformers(write, state):
+    folder = write("model", state(0), 2)
+    save_file(state(1), folder / "model.safetensors")
+    found = Checkpoint(folder)
+    assert set(found.files) == {"model.safetensors"}
+    assert torch.equal(found.tensor("model.norm.weight"), state(1)["model.norm.weight"])
+
+
+def test_directories_without_weights_say_what_they_have(write, state, tmp_path):
+    folder = write("model", state(0), 2)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match="there are shards without an index"):
+        Checkpoint(folder)
+    (tmp_path / "adapter").mkdir()
+    save_file({"w": torch.ones(1)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="it holds an adapter, not a model"):
+        Checkpoint(tmp_path / "adapter")
+
+
+def test_tied_names():
+    own = torch.nn.Linear(3, 3, bias=False).weight.detach()
+    found = StateDict({"a": own, "b": own, "c": own.clone(), "d": own[:2], "e": torch.empty(0), "f": torch.empty(0)})
+    assert found.tied() == [["a", "b"]]

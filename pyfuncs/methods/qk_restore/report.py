@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
 
@@ -36,7 +37,11 @@ class Report:
 
     def json(self) -> str:
         """Everything, for ``qk_restore.json``."""
-        return json.dumps({**asdict(self), "bytes_changed": self.bytes_changed}, indent=1, default=str)
+        found = {**asdict(self), "bytes_changed": self.bytes_changed}
+        for row in found["tensors"]:
+            # JSON has no infinity: the drift of what was zero before (a bias)
+            row |= {n: None for n in ("relative", "angle") if row[n] is not None and not math.isfinite(row[n])}
+        return json.dumps(found, indent=1, default=str, allow_nan=False)
 
     def __str__(self) -> str:
         o = self.options

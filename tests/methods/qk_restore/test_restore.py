@@ -228,3 +228,36 @@ def test_drift_of_rows():
     assert row.relative == 1 and row.elements == row.changed == 3 and row.bytes_changed == 12
     (zero,) = drift(as_tensors({"w": torch.zeros(2)}), as_tensors({"w": torch.ones(2)}), {"w": Selection()})
     assert zero.relative == float("inf")
+
+
+def test_the_report_is_json_where_a_drift_has_no_scale(folders, tmp_path):
+    """A tensor that was zero before has infinite relative drift, for which JSON has no word."""
+    from safetensors.torch import save_file
+
+    pre = load(folders[0])
+    pre["model.layers.1.self_attn.k_proj.weight"].zero_()
+    save_file(pre, folders[0] / "model.safetensors", metadata={"format": "pt"})
+    report = restore(*folders, tmp_path / "out", angles=True)
+    assert {t.part: t.relative == float("inf") for t in report.tensors} == {"q": False, "k": True}
+    text = (tmp_path / "out" / REPORT).read_text()
+    found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert {t["part"]: t["relative"] is None for t in found["tensors"]} == {"q": False, "k": True}
+    assert "inf" in str(report)
+
+
+@pytest.mark.parametrize("field", ["num_attention_heads", "hidden_size", "layer_types", "num_hidden_layers"])
+def test_configs_without_fields(field, folders, tmp_path):
+    """A config that lacks what is needed is an error with the field's name, or does without."""
+    config = json.loads((folders[1] / "config.json").read_text())
+    config.pop("head_dim", None)
+    for value in ("gone", None, 0):
+        cut = {n: v for n, v in config.items() if n != field} | ({} if value == "gone" else {field: value})
+        for folder in folders:
+            (folder / "config.json").write_text(json.dumps(cut))
+        if field == "num_hidden_layers" and value != 0:
+            assert restore(*folders).layers == [1]
+            continue
+        message = {"hidden_size": "head_dim" if value != 0 else "head size"}.get(field, field)
+        with pytest.raises(ValueError, match=message):
+            restore(*folders)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,108 @@
+"""What ``burnish demo qk-restore`` found, as tables and a plot; imports neither torch nor a trainer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from ..intervals import interval
+
+LENGTHS = (32, 128, 512, 1024)
+LOWER, OTHER, MIXED = "chain, 0.3 of the rate", "chain over other tokens", "chain and 5 % recall"
+REGIMES = ("chain", LOWER, OTHER, MIXED)
+PRO, FROZEN = "QK-Pro", "Q, K frozen in fine-tuning"
+#: Drawn, with its colour.
+_DRAWN = {
+    "before": "#999999", "after": "#c44e52", "QK-Restore": "#4c72b0", "V and O": "#dd8452", "V, O and MLP": "#937860",
+    "Q, K of linear layers": "#8172b3", "all weights, 25% of the way back": "#55a868",
+}  # fmt: skip
+
+
+def _mean_recall(row: dict[str, float]) -> float:
+    found = [v for name, v in row.items() if name.startswith("recall")]
+    return sum(found) / len(found)
+
+
+def _cell(values: list[float], signed: bool = False) -> str:
+    mean, half = interval([100 * v for v in values])
+    return f"{mean:{'+' if signed else ''}.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
+
+
+def _regime(seeds: list[dict], regime: str) -> list[str]:
+    found = [s["regimes"][regime]["rows"] for s in seeds]
+    columns = list(found[0]["before"])
+    lines = ["| | " + " | ".join(columns) + " | recall, gained | chain, lost |", "|---" * (len(columns) + 3) + "|"]
+    for name in found[0]:
+        cells = [_cell([f[name][c] for f in found]) for c in columns]
+        if name in ("before", "after"):
+            cells += ["", ""]
+        else:
+            # the same problems and the same fine-tuning: differences within a seed
+            cells.append(_cell([_mean_recall(f[name]) - _mean_recall(f["after"]) for f in found], True))
+            cells.append(_cell([f["after"]["chain"] - f[name]["chain"] for f in found], True))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def table(results: dict) -> str:
+    """Accuracy of every model in %, mean and 95% interval over seeds, a table of Markdown a regime."""
+    o, seeds, c = results["options"], results["seeds"], results["constants"]
+    lines = [
+        f"{results['parameters']:,} parameters, {o['pretrain_steps']} updates of {o['batch_size']} before and "
+        f"{o['sft_steps']} of fine-tuning at {o['sft_learning_rate']:g}; {len(seeds)} seeds, mean ± half of the 95 % "
+        "interval (Student's t), accuracy in %. Gained and lost are against `after`, paired within a seed, recall over "
+        f"all lengths. QK-Pro's lambda is {c['lambda']:g}.",
+    ]
+    for regime in REGIMES:
+        lines += ["", f"Fine-tuned on: {regime}.", "", *_regime(seeds, regime)]
+    rows = [s["regimes"][REGIMES[0]]["drift"] for s in seeds]
+    lines += ["", f"Relative drift, fine-tuned on the {REGIMES[0]}, in %:", "", "| layer | part | drift | angle |"]
+    lines.append("|---|---|---|---|")
+    for i, first in enumerate(rows[0]):
+        angles = [r[i]["angle"] for r in rows]
+        angle = f"{interval(angles)[0]:.0f}°" if None not in angles else ""
+        lines.append(f"| {first['layer']} | {first['part']} | {_cell([r[i]['relative'] for r in rows])} | {angle} |")
+    lines += ["", "Mean attention distance, tokens, on recall of 128:", "", "| layer | before | after |"]
+    lines.append("|---|---|---|")
+    known = [s["distance"] for s in seeds]
+    for layer in known[0]["recall, before"]["mean_distance"]:
+        pair = []
+        for when in ("before", "after"):
+            mean, half = interval([d[f"recall, {when}"]["mean_distance"][layer] for d in known])
+            pair.append(f"{mean:.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}"))
+        lines.append(f"| {layer} | {pair[0]} | {pair[1]} |")
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    """Recall against length, recall against the chain, and g(tau) on the chain before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    seeds = results["seeds"]
+    found = [s["regimes"][REGIMES[0]]["rows"] for s in seeds]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
+    for name, color in _DRAWN.items():
+        both = [interval([100 * f[name][f"recall {n}"] for f in found]) for n in LENGTHS]
+        halves = [0 if math.isnan(h) else h for _, h in both]
+        left.errorbar(LENGTHS, [m for m, _ in both], halves, marker="o", capsize=3, color=color, label=name)
+    left.set(title="recall, %", xscale="log", xlabel="tokens", ylim=(0, 102))
+    left.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
+    left.minorticks_off()
+    left.legend(fontsize=7)
+    for name in found[0]:
+        x = interval([100 * f[name]["chain"] for f in found])[0]
+        y = interval([100 * _mean_recall(f[name]) for f in found])[0]
+        middle.plot(x, y, "o", color=_DRAWN.get(name, "#bbbbbb"))
+        middle.annotate(name, (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
+    middle.set(title="after fine-tuning on the chain", xlabel="chain, %", ylabel="recall over lengths, %")
+    for when in ("before", "after"):
+        runs = [s["distance"][f"chain, {when}"]["g"] for s in seeds]
+        mean = [sum(column) / len(column) for column in zip(*runs, strict=True)]
+        right.plot(range(len(mean)), mean, color=_DRAWN[when], label=when)
+    right.set(title="g(tau) on the chain", xlabel="distance, tokens", yscale="log")
+    right.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
