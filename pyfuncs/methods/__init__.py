@@ -12,12 +12,14 @@ _HOMES = {
     "fuse_policy_head": "policy_head", "PolicyHead": "policy_head", "load_model": "models", "accuracy": "evaluate",
     "AXPOConfig": "axpo.config", "AXPOTrainer": "axpo.trainer",
     "DriftConfig": "drift.trainer", "DriftTrainer": "drift.trainer",
+    "HyperEpochConfig": "q0.config", "HyperEpochTrainer": "q0.trainer",
     "RARFTTrainer": "ra_rft.trainer", "RetrieverTrainer": "ra_rft.retriever",
 }  # fmt: skip
 
 __all__ = [
-    "AXPOConfig", "AXPOTrainer", "DriftConfig", "DriftTrainer", "FusedHead", "PolicyHead", "RARFTTrainer",
-    "RetrieverTrainer", "TargetSFTTrainer", "accuracy", "fuse_lm_head", "fuse_policy_head", "load_model",
+    "AXPOConfig", "AXPOTrainer", "DriftConfig", "DriftTrainer", "FusedHead", "HyperEpochConfig",
+    "HyperEpochTrainer", "PolicyHead", "RARFTTrainer", "RetrieverTrainer", "TargetSFTTrainer", "accuracy",
+    "fuse_lm_head", "fuse_policy_head", "load_model",
 ]  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Snapshots: models as any other, each beside the log-probabilities that its stored weights give held-out text.
 
-    cycle-004/config.json, model.safetensors, ...    as save_pretrained writes them, in the snapshot's dtype
-    cycle-004/fitness.safetensors                    logp (N,) fp32, of the tokens the prior is learned on
-    cycle-004/eval.safetensors                       the same of the evaluation documents, where there are some
-    cycle-004/snapshot.json                          written last: the snapshot is whole
+cycle-004/config.json, model.safetensors, ...    as save_pretrained writes them, in the snapshot's dtype
+cycle-004/fitness.safetensors                    logp (N,) fp32, of the tokens the prior is learned on
+cycle-004/eval.safetensors                       the same of the evaluation documents, where there are some
+cycle-004/snapshot.json                          written last: the snapshot is whole
 """
 
 from __future__ import annotations
