@@ -229,6 +229,10 @@ def policy_cpu() -> str:
     return _side_by_side("policy")
 
 
+def post_chain_cpu() -> str:
+    return _side_by_side("post_chain")
+
+
 def _side_by_side(script: str) -> str:
     file = RESULTS / f"{script}_cpu.json"
     if not file.exists():
@@ -669,6 +673,8 @@ PARTS = {
     "chunkft": ("docs/chunkft.md", chunkft),
     "linear_loss_cpu": ("docs/linear_loss.md", linear_loss_cpu),
     "policy_cpu": ("docs/policy.md", policy_cpu),
+    "post_prior_cpu": ("docs/ensemble.md", _from_results("post_prior_cpu", "post", "prior_table")),
+    "post_chain_cpu": ("docs/ensemble.md", post_chain_cpu),
     "correctness": ("docs/linear_loss.md", correctness),
     "target_sft": ("docs/target_sft.md", target_sft),
     "static": ("docs/kernels.md", static),

@@ -34,7 +34,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from peers import OBJECTIVES, POLICY, Problem, Way, exact, has_teacher, our_ways, peer_ways, problem
+from peers import CHAIN, OBJECTIVES, POLICY, Problem, Way, exact, has_teacher, our_ways, peer_ways, problem
 
 import burnish
 from burnish.kernels import dispatch
@@ -42,7 +42,7 @@ from burnish.ops.geometry import default_rows
 
 SHAPES = ["1024,576,49152", "4096,576,49152", "2048,1536,151936"]
 QUICK = ("nll", "dft", "target_sft")
-LOSSES = tuple(name for name in OBJECTIVES if name not in POLICY)
+LOSSES = tuple(name for name in OBJECTIVES if name not in POLICY + CHAIN)
 #: FLOPs of the fp64 reference, which fix the rows that errors are measured on.
 ERROR_FLOPS = 1.2e11
 FIRST_PROBE = 32
@@ -378,9 +378,11 @@ def versions() -> dict[str, str]:
 
 
 def parse(
-    about: str = __doc__, objectives: tuple[str, ...] = LOSSES, quick: tuple[str, ...] = QUICK
-) -> argparse.Namespace:
-    """Options of this script, or of another that measures other ``objectives`` of peers.py so."""
+    about: str = __doc__, objectives: tuple[str, ...] = LOSSES, quick: tuple[str, ...] = QUICK,
+    shapes: list[str] | None = None,
+) -> argparse.Namespace:  # fmt: skip
+    """Options of this script, or of another that measures other ``objectives`` of peers.py so, at ``shapes``."""
+    shapes = SHAPES if shapes is None else shapes
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--shapes", nargs="*", help="N,H,V")
@@ -396,7 +398,7 @@ def parse(
     parser.add_argument("--resume", action="store_true", help="skip the cells that the output has")
     parser.add_argument("--output", type=Path)
     o = parser.parse_args()
-    o.shapes = o.shapes or (SHAPES[:1] if o.quick else SHAPES)
+    o.shapes = o.shapes or (shapes[:1] if o.quick else shapes)
     o.objectives = o.objectives or list(quick if o.quick else objectives)
     o.cap = o.cap or (4.0 if o.quick else 20.0)
     o.seconds = o.seconds or (20.0 if o.quick else 300.0)

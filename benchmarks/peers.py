@@ -21,6 +21,8 @@ from burnish import Teacher, linear_loss, objectives
 ETA, BETA = 0.5, 0.7
 #: GRPO's clip range and coefficient of the divergence.
 CLIP, KL = 0.2, 0.04
+#: Chain distillation's share of the divergence and temperature, and the softcap of q0's logits.
+SHARE, TAU, CAP = 0.45, 1.2, 15.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,15 @@ def _reverse_kl(z, target, t, p):
     return F.kl_div(t.log_softmax(-1), z.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
+def _chain(z, target, t, p):
+    soft = F.kl_div((z / TAU).log_softmax(-1), (t / TAU).log_softmax(-1), reduction="batchmean", log_target=True)
+    return (1 - SHARE) * F.cross_entropy(z, target) + SHARE * TAU**2 * soft
+
+
+def _chain_softcap(z, target, t, p):
+    return _chain(CAP * torch.tanh(z / CAP), target, CAP * torch.tanh(t / CAP), p)
+
+
 def _gem(z, target, t, p):
     logp = z.log_softmax(-1)
     q = (z.detach() / BETA).softmax(-1)
@@ -146,9 +157,12 @@ OBJECTIVES: dict[str, tuple[Callable, object, bool]] = {
     "logp_entropy": (_logp_entropy, None, False),  # no objective: two statistics, an upstream gradient for each
     "weighted_nll": (_weighted_nll, objectives.weighted_nll(), False),
     "grpo": (_grpo, objectives.grpo(CLIP, beta=KL, correct_kl=False, aggregate="token_mean"), False),
+    "chain_distillation": (_chain, objectives.chain_distillation(SHARE, TAU), True),
+    "chain_softcap": (_chain_softcap, objectives.chain_distillation(SHARE, TAU), True),
 }
-#: Those of benchmarks/policy.py; the others, and logp_entropy, are benchmarks/linear_loss.py's.
+#: Those of benchmarks/policy.py and benchmarks/post.py; the others, and logp_entropy, are benchmarks/linear_loss.py's.
 POLICY = ("weighted_nll", "grpo")
+CHAIN = ("chain_distillation", "chain_softcap")
 
 
 def has_teacher(objective: str) -> bool:
@@ -156,7 +170,9 @@ def has_teacher(objective: str) -> bool:
 
 
 def beside(objective: str, p: Problem) -> dict:
-    """What ``linear_loss`` is given for a policy objective beside hidden states and labels."""
+    """What ``linear_loss`` is given for an objective beside hidden states, labels and a teacher."""
+    if objective == "chain_softcap":
+        return {"softcap": CAP}
     if objective == "weighted_nll":
         return {"token_weight": p.up_logp}
     if objective == "grpo":
@@ -289,10 +305,11 @@ def _liger_ways(device: str) -> list[Way]:
 
     def distil(compiled: bool) -> Callable[[str, Problem], Tensor]:
         def loss(objective: str, p: Problem) -> Tensor:
-            beta = 0.0 if objective == "kd" else 1.0
-            # hard weight 0, soft weight 1, ignore_index, temperature, compiled
+            beta = 1.0 if objective == "reverse_kl" else 0.0
+            # weights of label and divergence, and temperature: it has no T^2 of its own
+            hard, soft, tau = (1 - SHARE, SHARE * TAU**2, TAU) if objective in CHAIN else (0.0, 1.0, 1.0)
             return LigerFusedLinearJSDFunction.apply(
-                p.hidden, p.weight, p.t_hidden, p.t_weight, p.target, None, None, 0.0, 1.0, beta, -100, 1.0, compiled
+                p.hidden, p.weight, p.t_hidden, p.t_weight, p.target, None, None, hard, soft, beta, -100, tau, compiled
             )
 
         return loss
@@ -304,7 +321,8 @@ def _liger_ways(device: str) -> list[Way]:
             return (p.up_entropy * out[1] - p.up_logp * out[0]).mean()
         return _policy_loss(objective, -out, p) if objective in POLICY else _from_logp(objective, -out)
 
-    pairs, single = ("kd", "reverse_kl"), ("nll", "dft", "logp_entropy", *POLICY)
+    # softcaps it has none in distillation
+    pairs, single = ("kd", "reverse_kl", "chain_distillation"), ("nll", "dft", "logp_entropy", *POLICY)
     out = [
         Way("liger_chunked_eager", pairs, distil(False), bounded=True),
         Way("liger_chunked", pairs, distil(True), bounded=True, proxy="liger_chunked_eager"),
@@ -342,12 +360,13 @@ def our_ways(backends: tuple[str, ...]) -> list[Way]:
 
     def fused(backend: str, plan: str) -> Callable[[str, Problem], Tensor]:
         def loss(objective: str, p: Problem) -> Tensor:
-            teacher = Teacher(hidden=p.t_hidden, weight=p.t_weight) if has_teacher(objective) else None
+            given, teacher = beside(objective, p), None
+            if has_teacher(objective):
+                teacher = Teacher(hidden=p.t_hidden, weight=p.t_weight, softcap=given.get("softcap"))
             objective_ = OBJECTIVES[objective][1]
             return linear_loss(
-                p.hidden, p.weight, p.target, objective_, teacher=teacher, plan=plan, backend=backend,
-                **beside(objective, p),
-            )  # fmt: skip
+                p.hidden, p.weight, p.target, objective_, teacher=teacher, plan=plan, backend=backend, **given
+            )
 
         return loss
 

@@ -10,6 +10,18 @@ additive path over every tensor, both flushed likewise.  Before each the checkpo
 far as the system does so on request.  Seconds count from the first read to the last flush; MB/s are bytes of the
 written checkpoint per second, so that the path, which reads two checkpoints, is held to the speed of a copy, which
 reads one.  Peak RSS is VmHWM, reset after imports, less the RSS then; the two checkpoints are bigger by far.
+
+    python benchmarks/post.py chain [... the options of linear_loss.py]
+
+Chain distillation (q0) on an LM head, forward and backward, the teacher given as hidden states: fused beside whole
+logits in plain torch, compiled and not, beside Liger's chunked loss, and over the bare products, with and without q0's
+softcap; measured as benchmarks/linear_loss.py measures losses.  Writes benchmarks/results/post_chain_<device>.json.
+
+    python benchmarks/post.py prior
+
+Weights of 480 synthetic members (five families, members of different quality) on 131,072 tokens, the authors' sizes: EM
+with Newton steps, plain EM for as many passes as the authors' AdamW takes, and that.  Writes
+benchmarks/results/post_prior_cpu.json.
 """
 
 from __future__ import annotations
@@ -152,7 +164,63 @@ def measure(options: argparse.Namespace, root: Path) -> dict:
             "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}  # fmt: skip
 
 
+def chain() -> None:
+    from linear_loss import SHAPES, parse, run
+    from peers import CHAIN
+
+    run(parse("Chain distillation on an LM head, fused beside materialised.", CHAIN, CHAIN, SHAPES[:2]), "post_chain")
+
+
+def prior(members: int = 480, tokens: int = 131072) -> None:
+    from burnish.methods.q0.prior import ADAMW_STEPS, effective_size, learn_prior
+
+    g = torch.Generator().manual_seed(0)
+    text, family = 1.5 * torch.randn(tokens, generator=g) - 3, 0.5 * torch.randn(5, tokens, generator=g)
+    quality = torch.linspace(-0.3, 0, members)[torch.randperm(members, generator=g)]
+    log_probs = torch.empty(members, tokens)
+    for i in range(members):
+        own = 0.5 * torch.randn(tokens, generator=g)
+        log_probs[i] = (text + family[i % 5] + own + quality[i]).clamp_(max=-1e-4)
+    ways: dict[str, dict] = {"EM and Newton steps": {}, "EM": {"newton": False, "max_steps": ADAMW_STEPS},
+                             "the authors' AdamW": {"method": "adamw"}}  # fmt: skip
+    rows = []
+    for name, options in ways.items():
+        Path("/proc/self/clear_refs").write_text("5")
+        before, begin = status("VmRSS"), time.perf_counter()
+        found = learn_prior(log_probs, **options)
+        rows.append({
+            "way": name, "seconds": time.perf_counter() - begin, "passes": found.steps, "nll": found.nll,
+            "gap": found.gap, "members": int((found.weights > 0).sum()), "effective": effective_size(found.weights),
+            "peak_rss": status("VmHWM") - before,
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+    result = {"members": members, "tokens": tokens, "bytes": log_probs.nbytes, "rows": rows,
+              "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    (RESULT.parent / "post_prior_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def prior_table(result: dict) -> str:
+    """Markdown of results/post_prior_cpu.json."""
+    size = f"{result['bytes'] / 2**20:.0f} MiB of fp32"
+    head = (
+        f"{result['members']} synthetic members, {result['tokens']:,} tokens, {size}, {result['threads']} threads, "
+        f"torch {result['torch']} (`python benchmarks/post.py prior`):"
+    )
+    names = ("", "s", "passes", "NLL, nats", "bound on what is left", "weights > 0", "effective", "MiB beside")
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    for r in result["rows"]:
+        lines.append(
+            f"| {r['way']} | {r['seconds']:.1f} | {r['passes']} | {r['nll']:.6f} | {r['gap']:.0e} | {r['members']} | "
+            f"{r['effective']:.1f} | {r['peak_rss'] / 2**20:.0f} |"
+        )
+    return "\n".join([head, "", *lines])
+
+
 def main() -> None:
+    parts = {"chain": chain, "prior": prior}
+    if sys.argv[1:2] and sys.argv[1] in parts:
+        parts[sys.argv.pop(1)]()
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3)

@@ -75,6 +75,10 @@ SPECS = {
     "target_sft": RowSpec(_BASE | {"mix"}, alpha=0.7, eta=0.3),
     "gem": RowSpec(_BASE | {"mix"}, alpha=1 / 0.7),
     "kd": RowSpec(_BASE | {"cross", "teacher_entropy"}, temperature=True, teacher_temperature=True),
+    "chain_distillation": RowSpec(
+        _BASE | {"mix_lse", "cross", "teacher_entropy"}, alpha=1 / 1.2, softcap=15.0, teacher_softcap=15.0,
+        teacher_temperature=True,
+    ),
     "reverse_kl": RowSpec(_BASE | {"mean", "other", "teacher_lse"}),
     "jsd": RowSpec(_BASE | {"jsd"}),
     "everything": RowSpec(frozenset(STATISTICS), alpha=0.7, eta=0.3, top_k=20, **_TRANSFORMS),

@@ -30,6 +30,7 @@ def test_plain_formulas_are_the_reference(script):
     for name, (formula, objective, teacher) in peers.OBJECTIVES.items():
         if objective is not None:
             given = peers.beside(name, p)
+            given |= {"teacher_softcap": given.get("softcap")}
             want = reference.row_loss(z, p.target, objective, teacher=t if teacher else None, **given).mean()
             torch.testing.assert_close(formula(z, p.target, t if teacher else None, p), want, rtol=1e-10, atol=1e-12)
 

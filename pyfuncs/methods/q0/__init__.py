@@ -13,11 +13,16 @@ _HOMES = {
     "perturb": "perturb", "perturbation_scale": "perturb", "MuonAdamW": "optimizers",
     "log_probs_of": "snapshots", "token_log_probs": "snapshots",
     "HyperEpochConfig": "config", "HyperEpochTrainer": "trainer",
+    "Ensemble": "ensemble", "data_efficiency": "efficiency", "equivalent_tokens": "efficiency",
+    "Prior": "prior", "check_split": "prior", "choose_k": "prior", "effective_size": "prior", "learn_prior": "prior",
+    "mixture_logp": "prior", "mixture_nll": "prior", "sweep_k": "prior", "top_k": "prior",
 }  # fmt: skip
 
 __all__ = [
-    "CycleScheduler", "HyperEpochConfig", "HyperEpochTrainer", "MuonAdamW", "batch_sizes", "log_probs_of", "lr_mult",
-    "perturb", "perturbation_scale", "token_log_probs", "wd_mult",
+    "CycleScheduler", "Ensemble", "HyperEpochConfig", "HyperEpochTrainer", "MuonAdamW", "Prior", "batch_sizes",
+    "check_split", "choose_k", "data_efficiency", "effective_size", "equivalent_tokens", "learn_prior", "log_probs_of",
+    "lr_mult", "mixture_logp", "mixture_nll", "perturb", "perturbation_scale", "sweep_k", "token_log_probs", "top_k",
+    "wd_mult",
 ]  # fmt: skip
 
 

@@ -93,10 +93,11 @@ def learn_prior(
 def mixture_logp(log_probs: Tensor, weights: Tensor) -> Tensor:
     """log sum_i w_i p_i(y_t) of each token, (N,) fp64, in the log domain; -inf where no weighted member allows it.
 
-    log_probs (M, N), weights (M,) non-negative; they need not sum to 1.
+    log_probs (M, N), weights (M,) non-negative, normalised here.
     """
     check_log_probs(log_probs)
-    log_w = _weights(weights, log_probs.shape[0], log_probs.device).log()
+    w = _weights(weights, log_probs.shape[0], log_probs.device)
+    log_w = (w / w.sum()).log()
     parts = [
         (log_probs[:, block].double() + log_w[:, None]).logsumexp(0)
         for block in _blocks(*log_probs.shape)

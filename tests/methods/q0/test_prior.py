@@ -163,6 +163,7 @@ def test_one_member_and_tokens_that_some_rule_out(blocks):
     alone = torch.tensor([1.0, 0.0, 0.0])
     assert mixture_nll(log_probs, alone) == math.inf
     # of a probability that has no fp64 number
+    assert mixture_nll(members(2, 5), torch.tensor([3.0, 3.0])) == mixture_nll(members(2, 5), torch.tensor([0.5, 0.5]))
     far = torch.tensor([[-2000.0, -1.0], [-2001.0, -2.0]], dtype=torch.float64)
     want = 2000 - math.log(0.5 + 0.5 * math.exp(-1))
     assert float(-mixture_logp(far, torch.tensor([0.5, 0.5]))[0]) == pytest.approx(want, rel=1e-12)
