@@ -190,7 +190,8 @@ def run(options: Q0DemoOptions) -> dict:
     bar.close()
     data = texts()
     results = {
-        "options": asdict(options), "decays": DECAYS, "mean_decay": mean_decay(100), "python": platform.python_version(),
+        "options": asdict(options), "decays": DECAYS, "mean_decay": mean_decay(100),
+        "python": platform.python_version(),
         "parameters": model(0).num_parameters(),
         "tokens": {name: int(sum(map(len, pieces))) for name, pieces in data.items()},
         "text": {"train": TRAIN, "fitness": FITNESS, "eval": VALIDATION},
@@ -202,7 +203,7 @@ def run(options: Q0DemoOptions) -> dict:
 
 
 def summary(options: Q0DemoOptions, seed: int) -> dict:
-    """NLL on the validation text, nats a token, of one seed's arms; whatever is chosen is chosen by the fitness text."""
+    """NLL on the validation text, nats a token, of one seed's arms; what is chosen is chosen by the fitness text."""
     long = load_file(_file(options, seed, LONG))
     runs = load_file(_file(options, seed, INDEPENDENT))
     by_decay = {decay: _mixed(long[f"fitness {decay}"], long[f"eval {decay}"]) for decay in DECAYS}

@@ -38,17 +38,7 @@ from .trainer import HyperEpochTrainer
 
 RECORD = "burnish_q0.json"
 DONE = "trajectory.json"
-_MAY_CHANGE = (
-    "resume",
-    "overwrite",
-    "output",
-    "save_steps",
-    "logging_steps",
-    "prior",
-    "members",
-    "spread",
-    "processes",
-)
+_MAY_CHANGE = ("resume", "overwrite", "output", "save_steps", "logging_steps", "prior", "members", "spread")
 #: Between the seeds of trajectories.
 _STRIDE = 10_007
 

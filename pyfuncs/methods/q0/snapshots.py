@@ -20,12 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ...ops.linear_stats import linear_stats
 from ...paths.output import atomic_directory
-from ..frozen import evaluating, freeze
-from ..output_head import backbone, output_head
+from ..frozen import freeze
 from ..run_directory import write_json
 from .documents import HeldOutRows
+from .members import label_logp
 
 DONE = "snapshot.json"
 
@@ -75,20 +74,12 @@ def token_log_probs(
     in the bits of one rank's.
     """
     out = torch.zeros(len(rows) * rows.length)
-    device = next(model.parameters()).device
-    with evaluating(model):
-        for number, start in enumerate(range(0, len(rows), batch_size)):
-            if number % world != rank:
-                continue
+    for number, start in enumerate(range(0, len(rows), batch_size)):
+        if number % world == rank:
             items = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-            ids, labels = (torch.stack([x[k] for x in items]).to(device) for k in ("input_ids", "labels"))
-            hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            head = output_head(model)
-            stats = linear_stats(
-                hidden, head.weight, labels[:, 1:].contiguous(), stats=("logp",), bias=head.bias, scale=head.scale,
-                softcap=head.softcap,
-            )  # fmt: skip
-            out[start * rows.length : (start + len(items)) * rows.length] = stats.logp.float().flatten().cpu()
+            ids, labels = (torch.stack([x[k] for x in items]) for k in ("input_ids", "labels"))
+            found = label_logp(model, ids, labels, None).float().flatten().cpu()
+            out[start * rows.length : (start + len(items)) * rows.length] = found
     return out[: len(rows.stream) - 1]  # what is behind is the last row's padding
 
 

@@ -37,8 +37,8 @@ class HyperEpochTrainer(Trainer):
     loss is the mean over its labels, over micro-batches and ranks.
 
     Accelerate, DDP, callbacks, logging, evaluation and checkpoints are the Trainer's.  What it takes for one epoch is
-    the whole run; ``state.epoch`` counts passes over the documents, and "epoch" for saving and evaluation means these.  A
-    resumed run, from any of its checkpoints, has the bits of one that nobody stopped; snapshots that it had written
+    the whole run; ``state.epoch`` counts passes over the documents, and "epoch" for saving and evaluation means these.
+    A resumed run, from any of its checkpoints, has the bits of one that nobody stopped; snapshots that it had written
     beyond the checkpoint are written again.
 
     Args:
