@@ -241,6 +241,20 @@ def _mixed(fitness: Tensor, held_out: Tensor) -> dict:
     }  # fmt: skip
 
 
+def about(results: dict) -> str:
+    """A paragraph on what was run."""
+    o, tokens, text = results["options"], results["tokens"], results["text"]
+    names = {kind: ", ".join(text[kind]) for kind in text}
+    return (
+        f"`burnish demo q0`: {results['parameters']:,} parameters, {tokens['train']:,} training tokens "
+        f"({names['train']}), {tokens['fitness']:,} fitness tokens ({names['fitness']}), {tokens['eval']:,} validation "
+        f"tokens ({names['eval']}), {o['epochs']} epochs in all for every arm, cycles of {o['epochs_per_cycle']}, "
+        f"teacher after {o['distill_after']} cycles, {o['seeds']} seeds, {results['seconds'] / 60:.0f} minutes with "
+        f"{o['processes']} process{'es' if o['processes'] > 1 else ''} (Python {results['python']}). Validation NLL in "
+        "nats a token; 95% intervals over seeds; the last column is paired."
+    )
+
+
 def table(results: dict) -> str:
     """The results as a Markdown table: means over seeds with 95% intervals."""
 

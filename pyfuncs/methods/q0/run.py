@@ -87,11 +87,12 @@ def train(run: Run) -> None:
             for folder in directory.path.glob("trajectory-*"):
                 shutil.rmtree(folder)
         write_json(directory.path / RECORD, options)
+    every = range(options["trajectories"])
+    own = every if options["spread"] == "data" else every[process_index() :: world_size()]
     if world_size() > 1:
         meet()
-    every = range(options["trajectories"])
     with _company(run):
-        for number in every if options["spread"] == "data" else every[process_index() :: world_size()]:
+        for number in own:
             folder = directory.path / f"trajectory-{number}"
             if (folder / DONE).is_file():
                 note(f"trajectory {number} is done")

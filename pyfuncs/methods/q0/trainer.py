@@ -175,7 +175,7 @@ class HyperEpochTrainer(Trainer):
         if self.args.should_save:
             snapshots.finish(folder, record)
         self.accelerator.wait_for_everyone()
-        self.log({f"{k}": v for k, v in record.items() if k.endswith("_nll")})
+        self.log({k: v for k, v in record.items() if k.endswith("_nll")})
         if cycle + 1 < self.args.cycles:
             self._teach(stored, cycle + 1)
             perturb(model, self.args.perturbation(cycle), self.args.seed * 1_000_003 + cycle)
@@ -225,6 +225,7 @@ class _AtCycleEnds(TrainerCallback):
             control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
         if state.global_step in plan.ends:
             self.trainer.end_cycle(plan.ends.index(state.global_step))
+        return control
 
 
 def _check(model: nn.Module, args: HyperEpochConfig, options: dict) -> None:

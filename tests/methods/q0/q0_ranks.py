@@ -19,7 +19,7 @@ def main(rank: str, world: str, store: str) -> None:
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="localhost", MASTER_PORT="0")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world))
-    t = q0.trainer(Path(store).parent / "two", **q0.FOR_RANKS, per_device_train_batch_size=2)
+    t = q0.for_ranks(Path(store).parent / "two", 2)
     assert t.accelerator.num_processes == 2
     t.train()
     flat = torch.cat([p.detach().flatten() for p in t.model.parameters()])

@@ -62,5 +62,9 @@ def assert_same(a: Path, b: Path) -> None:
             assert torch.equal(x[k], y[k]), f"{name}: {k}"
 
 
-#: A run that one process and two make alike: without dropout, whose draws are each rank's own.
-FOR_RANKS = {"cycles": 3, "snapshot_dtype": "float32", "fitness_share": 0.3, "per_device_eval_batch_size": 2}
+def for_ranks(output, batch_size: int) -> HyperEpochTrainer:
+    """A run that one process and two make alike: without dropout, whose draws are each rank's own."""
+    return trainer(
+        output, model=tiny.llama(3, vocabulary=64, tied=True), snapshot_dtype="float32", fitness_share=0.3,
+        per_device_eval_batch_size=2, per_device_train_batch_size=batch_size,
+    )  # fmt: skip
