@@ -76,7 +76,7 @@ def process_index() -> int:
 
 
 def meet() -> None:
-    """Wait until every process of the run is here.  Where there is no group yet, the one it takes is gone afterwards."""
+    """Wait until every process of the run is here.  A group that it has to make is gone afterwards."""
     import torch.distributed as dist
 
     if dist.is_initialized():
