@@ -8,11 +8,10 @@ cycle-004/snapshot.json                          written last: the snapshot is w
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from ...paths.output import atomic_directory
 from ..frozen import freeze
-from ..run_directory import write_json
+from ..run_directory import quiet_loading, write_json
 from .documents import HeldOutRows
 from .members import label_logp
 
@@ -122,17 +121,3 @@ def log_probs_of(folders: Sequence[str | os.PathLike], name: str = "fitness") ->
     if not rows:
         raise ValueError("folders: no snapshot")
     return torch.stack(rows)
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No bar for each of many small models that are read and written."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
