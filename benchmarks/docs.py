@@ -699,6 +699,8 @@ def _from_results(name: str, module: str, function: str):
 PARTS = {
     "demo axpo": ("docs/axpo.md", _from_results("demo_axpo", "burnish.methods.axpo.demo", "markdown")),
     "axpo run": ("docs/axpo.md", _from_results("axpo_run", "axpo_run", "markdown")),
+    "demo q0": ("docs/q0.md", _from_results("demo_q0", "burnish.methods.q0.demo", "table")),
+    "demo q0 text": ("docs/q0.md", _from_results("demo_q0", "burnish.methods.q0.demo", "about")),
     "demo ra-rft": ("docs/ra_rft.md", _from_results("demo_ra_rft", "burnish.methods.ra_rft.demo_report", "table")),
     "geometry": ("docs/geometry.md", _from_results("geometry_cpu", "geometry", "table")),
     "demo qk-restore": (

@@ -1,4 +1,4 @@
-"""The command line: ``burnish sft``, ``drift``, ``axpo``, ``ra-rft``, ``chunkft``, ``tokens``, ``qk-restore``,
+"""The command line: ``burnish sft``, ``drift``, ``axpo``, ``ra-rft``, ``q0``, ``chunkft``, ``tokens``, ``qk-restore``,
 ``demo``, ``objectives``, ``doctor``.
 
 Bad input ends with one line on stderr, ``burnish: error: ...``, and exit code 2.  Subcommands import what
@@ -23,6 +23,8 @@ from .methods.drift import options as drift_options
 from .methods.drift.demo_options import DriftDemoOptions
 from .methods.options import add_flags, assignments, given_flags
 from .methods.processes import leave_it_to_the_first, speaks
+from .methods.q0 import options as q0_options
+from .methods.q0.demo_options import Q0DemoOptions
 from .methods.ra_rft import options as ra_rft_options
 from .methods.ra_rft.demo_options import RARFTDemoOptions
 
@@ -40,6 +42,10 @@ _METHODS = {
     "ra-rft": (
         "GRPO on prompts with retrieved solved problems (RA-RFT)", "trl.GRPOConfig", "retrieval",
         ra_rft_options, "a toy with a hidden rule: GRPO with and without retrieval", RARFTDemoOptions,
+    ),
+    "q0": (
+        "many epochs over a fixed text as a population of snapshots, mixed (q0)", "burnish.methods.HyperEpochConfig",
+        "train", q0_options, "a toy: q0 beside single runs and ensembles, at equal epochs", Q0DemoOptions,
     ),
 }  # fmt: skip
 
@@ -88,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, (about, configuration, _, options, _, _) in _METHODS.items():
         method = commands.add_parser(name, help=about, description=options.__doc__)
         add_flags(method, options.OPTIONS, configuration)
+        if name == "q0":
+            method.add_argument("file", nargs="?", metavar="CONFIG.yaml", help="as --config")
         method.set_defaults(run=_method)
     chunkft = commands.add_parser("chunkft", help="full fine-tuning, one chunk of the parameters at a time")
     actions = chunkft.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
@@ -210,7 +218,10 @@ def _sft(arguments: argparse.Namespace):
 def _method(arguments: argparse.Namespace):
     name = arguments.command
     _, _, extras, options, _, _ = _METHODS[name]
-    merged = options.merge(given_flags(arguments, options.OPTIONS), arguments.config)
+    file = getattr(arguments, "file", None)
+    if file and arguments.config:
+        raise ValueError(f"CONFIG.yaml and --config exclude each other; got {file} and {arguments.config}")
+    merged = options.merge(given_flags(arguments, options.OPTIONS), file or arguments.config)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers)\b")
     try:
         run = importlib.import_module(f".methods.{name.replace('-', '_')}.run", __package__)

@@ -13,13 +13,14 @@ _HOMES = {
     "fuse_oft": "fused_oft", "FusedOFT": "fused_oft",
     "AXPOConfig": "axpo.config", "AXPOTrainer": "axpo.trainer",
     "DriftConfig": "drift.trainer", "DriftTrainer": "drift.trainer",
+    "HyperEpochConfig": "q0.config", "HyperEpochTrainer": "q0.trainer",
     "RARFTTrainer": "ra_rft.trainer", "RetrieverTrainer": "ra_rft.retriever",
 }  # fmt: skip
 
 __all__ = [
-    "AXPOConfig", "AXPOTrainer", "DriftConfig", "DriftTrainer", "FusedHead", "FusedOFT", "PolicyHead",
-    "RARFTTrainer", "RetrieverTrainer", "TargetSFTTrainer", "accuracy", "fuse_lm_head", "fuse_oft", "fuse_policy_head",
-    "load_model",
+    "AXPOConfig", "AXPOTrainer", "DriftConfig", "DriftTrainer", "FusedHead", "FusedOFT", "HyperEpochConfig",
+    "HyperEpochTrainer", "PolicyHead", "RARFTTrainer", "RetrieverTrainer", "TargetSFTTrainer", "accuracy",
+    "fuse_lm_head", "fuse_oft", "fuse_policy_head", "load_model",
 ]  # fmt: skip
 
 

@@ -76,9 +76,12 @@ def process_index() -> int:
 
 
 def meet() -> None:
-    """Wait until every process of the run is here.  The group that it takes is gone again afterwards."""
+    """Wait until every process of the run is here.  A group that it has to make is gone afterwards."""
     import torch.distributed as dist
 
+    if dist.is_initialized():
+        dist.barrier()
+        return
     dist.init_process_group("gloo")
     dist.barrier()
     dist.destroy_process_group()

@@ -15,6 +15,7 @@ class LossBar(ProgressCallback):
         if self.training_bar is None or not logs:
             return
         names = {"loss": "loss", "eval_loss": "eval", "mean_token_accuracy": "acc", "learning_rate": "lr"}
+        names |= {"fitness_nll": "fitness", "cycle": "cycle"}
         shown = {short: f"{float(logs[name]):.4g}" for name, short in names.items() if name in logs}
         chunked = find(kwargs.get("optimizer"))
         if chunked is not None:

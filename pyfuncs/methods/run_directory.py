@@ -156,6 +156,20 @@ def quiet_bars() -> None:
     logging.disable_progress_bar()
 
 
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No bar for each of many small models that are read and written."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a file whole or not at all."""
     write_whole(path, json.dumps(content, indent=1) + "\n")

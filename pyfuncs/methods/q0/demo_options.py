@@ -7,16 +7,16 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Q0DemoOptions:
-    """A transformer of 0.25M parameters on 50 KB of Python's own library, far beyond the epochs that one run can use:
+    """A transformer of 0.25M parameters on 25 KB of Python's own library, far beyond the epochs that one run can use:
     q0, its parts left out, and the baselines that could win, at equal total epochs; several seeds, a table with
     confidence intervals and a plot.  What is finished in ``output`` is not run again."""
 
     seeds: int = 3
-    epochs: int = 24
+    epochs: int = 48
     epochs_per_cycle: int = 2
     distill_after: int = 2
     runs: int = 4
-    batch_size: int = 8
+    batch_size: int = 4
     learning_rate: float = 3e-3
     weight_decay: float = 1.0
     processes: int = 2
@@ -28,8 +28,7 @@ class Q0DemoOptions:
             value = getattr(self, field.name)
             if field.name != "output" and not value > 0:
                 raise ValueError(f"{field.name.replace('_', '-')} must be > 0; got {value}")
-        for name in ("runs", "two trajectories"):
-            parts = self.runs if name == "runs" else 2
+        for name, parts in (("runs", self.runs), ("two trajectories", 2)):
             if self.epochs % (parts * self.epochs_per_cycle):
                 raise ValueError(
                     f"epochs must be a multiple of epochs-per-cycle times {parts} ({name}); got {self.epochs}"

@@ -18,7 +18,10 @@ from torch.utils.data import Dataset, Sampler
 
 
 def as_documents(data: Any, name: str) -> list[np.ndarray]:
-    """Token ids of each document, int32, of rows with ``input_ids`` or of sequences of ids.  ValueError naming ``name``."""
+    """Token ids of each document, int32, of rows with ``input_ids`` or of sequences of ids.
+
+    ValueError naming ``name``.
+    """
     out = []
     for i, row in enumerate(data):
         ids = row["input_ids"] if isinstance(row, dict) else row

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...ops.linear_stats import linear_stats
 from ..frozen import evaluating
 from ..output_head import backbone, base_model, output_head, vocabulary_size
-from .snapshots import quiet_loading
+from ..run_directory import quiet_loading
 
 IGNORED = -100
 #: Files of a checkpoint that an export takes: no optimizer, no record of a run, no cached log-probabilities, no code.

@@ -13,9 +13,9 @@ from torch.optim import AdamW, Optimizer
 class MuonAdamW(Optimizer):
     """``torch.optim.Muon`` on the matrices of the layers, ``torch.optim.AdamW`` on embeddings, LM head, vectors.
 
-    One set of groups and one state for both, so that schedules, clipping and checkpoints see a single optimizer.  Muon's
-    updates are scaled to AdamW's root mean square (``adjust_lr_fn="match_rms_adamw"``), and so take its learning rate
-    and decay.
+    One set of groups and one state for both, so that schedules, clipping and checkpoints see a single optimizer.
+    Muon's updates are scaled to AdamW's root mean square (``adjust_lr_fn="match_rms_adamw"``), and so take its learning
+    rate and decay.
 
     Args:
         model: its trained parameters; of a transformers model the embeddings are known by its accessors.

@@ -22,7 +22,9 @@ OWN_FIELDS = {name: f"--{name.replace('_', '-')}" for name in FIELDS}
 
 OPTIONS: dict[str, Option] = {
     "model": Option(text, None, "where all trajectories start: directory, hub name, or smollm2"),
-    "architecture": Option(mapping, {}, "instead of --model, a fresh one: mapping of model_type and its config's fields"),
+    "architecture": Option(
+        mapping, {}, "instead of --model, a fresh one: model_type and its config's fields"
+    ),
     "tokenizer": Option(text, None, "with --architecture: bytes, bpe:SIZE (made of the data), directory or hub name"),
     "data": Option(text, None, "documents: FILE.jsonl (text or input_ids), a text file, or a folder"),
     "pattern": Option(text, "*.py", "of a folder, the files that are documents"),

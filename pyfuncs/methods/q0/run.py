@@ -38,7 +38,7 @@ from .trainer import HyperEpochTrainer
 
 RECORD = "burnish_q0.json"
 DONE = "trajectory.json"
-_MAY_CHANGE = ("resume", "overwrite", "output", "save_steps", "logging_steps", "prior", "members", "spread", "processes")
+_MAY_CHANGE = ("resume", "overwrite", "output", "save_steps", "logging_steps", "prior", "members", "spread")
 #: Between the seeds of trajectories.
 _STRIDE = 10_007
 
@@ -87,11 +87,12 @@ def train(run: Run) -> None:
             for folder in directory.path.glob("trajectory-*"):
                 shutil.rmtree(folder)
         write_json(directory.path / RECORD, options)
+    every = range(options["trajectories"])
+    own = every if options["spread"] == "data" else every[process_index() :: world_size()]
     if world_size() > 1:
         meet()
-    every = range(options["trajectories"])
     with _company(run):
-        for number in every if options["spread"] == "data" else every[process_index() :: world_size()]:
+        for number in own:
             folder = directory.path / f"trajectory-{number}"
             if (folder / DONE).is_file():
                 note(f"trajectory {number} is done")

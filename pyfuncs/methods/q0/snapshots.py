@@ -1,18 +1,17 @@
 """Snapshots: models as any other, each beside the log-probabilities that its stored weights give held-out text.
 
-    cycle-004/config.json, model.safetensors, ...    as save_pretrained writes them, in the snapshot's dtype
-    cycle-004/fitness.safetensors                    logp (N,) fp32, of the tokens the prior is learned on
-    cycle-004/eval.safetensors                       the same of the evaluation documents, where there are some
-    cycle-004/snapshot.json                          written last: the snapshot is whole
+cycle-004/config.json, model.safetensors, ...    as save_pretrained writes them, in the snapshot's dtype
+cycle-004/fitness.safetensors                    logp (N,) fp32, of the tokens the prior is learned on
+cycle-004/eval.safetensors                       the same of the evaluation documents, where there are some
+cycle-004/snapshot.json                          written last: the snapshot is whole
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ...ops.linear_stats import linear_stats
 from ...paths.output import atomic_directory
-from ..frozen import evaluating, freeze
-from ..output_head import backbone, output_head
-from ..run_directory import write_json
+from ..frozen import freeze
+from ..run_directory import quiet_loading, write_json
 from .documents import HeldOutRows
+from .members import label_logp
 
 DONE = "snapshot.json"
 
@@ -75,20 +73,12 @@ def token_log_probs(
     in the bits of one rank's.
     """
     out = torch.zeros(len(rows) * rows.length)
-    device = next(model.parameters()).device
-    with evaluating(model):
-        for number, start in enumerate(range(0, len(rows), batch_size)):
-            if number % world != rank:
-                continue
+    for number, start in enumerate(range(0, len(rows), batch_size)):
+        if number % world == rank:
             items = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-            ids, labels = (torch.stack([x[k] for x in items]).to(device) for k in ("input_ids", "labels"))
-            hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            head = output_head(model)
-            stats = linear_stats(
-                hidden, head.weight, labels[:, 1:].contiguous(), stats=("logp",), bias=head.bias, scale=head.scale,
-                softcap=head.softcap,
-            )  # fmt: skip
-            out[start * rows.length : (start + len(items)) * rows.length] = stats.logp.float().flatten().cpu()
+            ids, labels = (torch.stack([x[k] for x in items]) for k in ("input_ids", "labels"))
+            found = label_logp(model, ids, labels, None).float().flatten().cpu()
+            out[start * rows.length : (start + len(items)) * rows.length] = found
     return out[: len(rows.stream) - 1]  # what is behind is the last row's padding
 
 
@@ -131,17 +121,3 @@ def log_probs_of(folders: Sequence[str | os.PathLike], name: str = "fitness") ->
     if not rows:
         raise ValueError("folders: no snapshot")
     return torch.stack(rows)
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No bar for each of many small models that are read and written."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -63,7 +63,7 @@ def is_own(name: str) -> bool:
 
 
 def make_tokenizer(name: str, texts: Iterable[str]):
-    """"bytes", one token a byte; or "bpe:SIZE", a byte-level BPE of that many tokens, trained on ``texts``.
+    """ "bytes", one token a byte; or "bpe:SIZE", a byte-level BPE of that many tokens, trained on ``texts``.
 
     Both can write any text, and end a document with <eos>, which is the last token of the alphabet and pads too.
     ValueError for a size that does not hold the 256 bytes and <eos>.

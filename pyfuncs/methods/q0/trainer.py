@@ -36,9 +36,9 @@ class HyperEpochTrainer(Trainer):
     ``objectives.chain_distillation``; the teacher is its hidden states and its head, logits are never whole.  A step's
     loss is the mean over its labels, over micro-batches and ranks.
 
-    Accelerate, DDP, callbacks, logging, evaluation and checkpoints are the Trainer's.  What it takes for one epoch is the
-    whole run; ``state.epoch`` counts passes over the documents, and "epoch" for saving and evaluation means these.  A
-    resumed run, from any of its checkpoints, has the bits of one that nobody stopped; snapshots that it had written
+    Accelerate, DDP, callbacks, logging, evaluation and checkpoints are the Trainer's.  What it takes for one epoch is
+    the whole run; ``state.epoch`` counts passes over the documents, and "epoch" for saving and evaluation means these.
+    A resumed run, from any of its checkpoints, has the bits of one that nobody stopped; snapshots that it had written
     beyond the checkpoint are written again.
 
     Args:
@@ -175,7 +175,7 @@ class HyperEpochTrainer(Trainer):
         if self.args.should_save:
             snapshots.finish(folder, record)
         self.accelerator.wait_for_everyone()
-        self.log({f"{k}": v for k, v in record.items() if k.endswith("_nll")})
+        self.log({k: v for k, v in record.items() if k.endswith("_nll")})
         if cycle + 1 < self.args.cycles:
             self._teach(stored, cycle + 1)
             perturb(model, self.args.perturbation(cycle), self.args.seed * 1_000_003 + cycle)
@@ -225,6 +225,7 @@ class _AtCycleEnds(TrainerCallback):
             control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
         if state.global_step in plan.ends:
             self.trainer.end_cycle(plan.ends.index(state.global_step))
+        return control
 
 
 def _check(model: nn.Module, args: HyperEpochConfig, options: dict) -> None:
