@@ -222,25 +222,29 @@ def _way_cell(cell: dict, names: tuple[str, ...]) -> str:
 
 
 def linear_loss_cpu() -> str:
-    return _side_by_side("linear_loss")
+    return _side_by_side("linear_loss_cpu")
+
+
+def linear_loss_cpu_amx() -> str:
+    return _side_by_side("linear_loss_cpu_amx")
 
 
 def policy_cpu() -> str:
-    return _side_by_side("policy")
+    return _side_by_side("policy_cpu")
 
 
-def post_chain_cpu() -> str:
-    return _side_by_side("post_chain")
+def post_chain_cpu_amx() -> str:
+    return _side_by_side("post_chain_cpu_amx")
 
 
-def _side_by_side(script: str) -> str:
-    file = RESULTS / f"{script}_cpu.json"
+def _side_by_side(name: str) -> str:
+    file = RESULTS / f"{name}.json"
     if not file.exists():
         return NOT_YET
     r = json.loads(file.read_text())
     lines = [
-        f"CPU ({r['capability']}), {r['threads']} threads, {_libraries(r['versions'])} "
-        f"(`benchmarks/results/{script}_cpu.json`; `benchmarks/linear_loss.py` says how). A cell: median time over "
+        f"CPU ({r['capability']}{' and AMX' if 'amx' in name else ''}), {r['threads']} threads, "
+        f"{_libraries(r['versions'])} (`benchmarks/results/{name}.json`; `benchmarks/linear_loss.py` says how). A cell: median time over "
         "the bare GEMMs of the same order, extra peak memory of the process, larger relative error of dX and dW "
         "against fp64. [n]: at n rows, where all would take too long. Of several forms of a column, the fastest.",
     ]
@@ -719,9 +723,10 @@ PARTS = {
     "chunkft memory": ("docs/chunkft.md", chunkft_memory),
     "chunkft": ("docs/chunkft.md", chunkft),
     "linear_loss_cpu": ("docs/linear_loss.md", linear_loss_cpu),
+    "linear_loss_cpu_amx": ("docs/linear_loss.md", linear_loss_cpu_amx),
     "policy_cpu": ("docs/policy.md", policy_cpu),
     "post_prior_cpu": ("docs/ensemble.md", _from_results("post_prior_cpu", "post", "prior_table")),
-    "post_chain_cpu": ("docs/ensemble.md", post_chain_cpu),
+    "post_chain_cpu_amx": ("docs/ensemble.md", post_chain_cpu_amx),
     "correctness": ("docs/linear_loss.md", correctness),
     "target_sft": ("docs/target_sft.md", target_sft),
     "static": ("docs/kernels.md", static),

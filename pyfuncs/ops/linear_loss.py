@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch, rows_host
+from ..kernels import dispatch
 from ..kernels.launch import accumulator
 from . import geometry, shards
 from .core import (
@@ -428,7 +428,7 @@ def _scaled(g: Tensor, factor: Tensor, dtype: torch.dtype, *, own: bool, host: b
     if dtype == g.dtype:
         return g.mul_(factor) if own else g * factor
     if host and g.dtype == torch.float32 and g.is_contiguous():
-        return rows_host.scaled(g, factor.item(), dtype)
+        return dispatch.rows("host").scaled(g, factor.item(), dtype)
     if g.ndim < 2:
         return (g * factor).to(dtype)
     out = torch.empty(g.shape, dtype=dtype, device=g.device)
