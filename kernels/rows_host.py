@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from . import pages
 from .contract import COEF, STATE, STATISTICS, RowSpec, coefficients, finalize, new_state
 from .host_build import library, obstacle
 
@@ -171,6 +172,6 @@ def grad(
 
 def scaled(x: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
     """factor x in ``dtype``, of a contiguous fp32 tensor: one pass, one rounding after the product's own in fp32."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = pages.empty(*x.shape, dtype=dtype)
     library().burnish_scaled(x.data_ptr(), factor, out.data_ptr(), _TYPES[dtype], x.numel())
     return out

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch
+from ..kernels import dispatch, pages
 from ..kernels.launch import accumulator
 from . import geometry, shards
 from .core import (
@@ -259,7 +259,7 @@ class _Pass:
             self.rows.target = torch.where(self.rows.target >= self.columns, -2, self.rows.target)
             if self.rows.ids is not None:
                 self.rows.ids = torch.where(self.rows.ids >= self.columns, -1, self.rows.ids)
-        self.tile = torch.empty(size, width, dtype=task.dtype, device=device)
+        self.tile = self._empty(size, width)
         self.out = self.tile
         if self.head.mode == "mixed" and needs and task.backend == "host":
             # in the tile's own memory: a thread of the host's kernel reads a block of a row before it writes it
@@ -267,7 +267,13 @@ class _Pass:
         elif self.head.mode == "mixed" and needs:
             self.out = torch.empty(self.tile.shape, dtype=self.head.operand, device=device)
         # with a teacher's head or list its logits need a tile of their own
-        self.teacher_tile = self.tile.new_empty(self.tile.shape if teacher_kind in ("hidden", "topk") else (0,))
+        self.teacher_tile = self._empty(*(self.tile.shape if teacher_kind in ("hidden", "topk") else (0,)))
+
+    def _empty(self, *shape: int) -> Tensor:
+        """A buffer of the accumulator's dtype."""
+        if self.task.backend == "host":
+            return pages.empty(*shape, dtype=self.task.dtype)
+        return torch.empty(shape, dtype=self.task.dtype, device=self.hidden.device)
 
     def chunks(self):
         for start in range(0, self.count, max(1, self.geometry.rows)):
@@ -303,8 +309,9 @@ class _Pass:
         shape = self.hidden.shape if needs & HIDDEN_GRAD else (0,)
         self.dx = make(shape, dtype=head.dtype, device=self.hidden.device)
         # dW's first chunk overwrites; without a chunk it is zero
-        make = torch.empty if self.count else torch.zeros
-        self.dw = make(self.weight.shape if needs & WEIGHT_GRAD else (0,), dtype=head.dtype, device=self.weight.device)
+        self.dw = self._empty(*(self.weight.shape if needs & WEIGHT_GRAD else (0,)))
+        if not self.count:
+            self.dw.zero_()
         size = self.bias.shape if needs & BIAS_GRAD else (0,)
         self.db = torch.zeros(size, dtype=head.dtype, device=self.weight.device)
 
