@@ -1,0 +1,81 @@
+"""``burnish demo peft-arena``: an arena on this machine, nothing fetched.
+
+toy: a Llama of 0.13M parameters that knows six sequence tasks is fine-tuned on a seventh; a base model a seed.
+smollm2: SmolLM2-135M learns to reverse words; what should stay is the likelihood of Python's reference and of answers to
+two other reasoning-gym tasks.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..demo_results import publish
+from . import toy
+from .arena import Arena
+from .config import Config, make_config
+from .demo_options import PeftArenaDemoOptions
+
+_HERE = "burnish.methods.peft_arena"
+
+
+def toy_config(options: PeftArenaDemoOptions) -> Config:
+    """The toy's arena."""
+
+    def suite(task: str) -> dict[str, Any]:
+        return {"evaluator": "exact", "rows": f"{_HERE}.toy:rows", "args": {"task": task}, "size": 256}
+
+    out = Path(options.output)
+    adapters = [1e-3, 3e-3, 1e-2]
+    return make_config({
+        "model": str(out / "base-{seed}"), "output": str(out / "arena"), "data": f"{_HERE}.toy:rows",
+        "data_args": {"task": toy.TARGET, "size": 8192},
+        "target": {toy.TARGET: suite(toy.TARGET)},
+        "retention": {t: suite(t) for t in toy.TASKS if t != toy.TARGET},
+        "methods": [
+            {"method": "full", "lr": [1e-4, 3e-4, 1e-3]},
+            {"method": "chunkft", "chunks": 4, "lr": [1e-4, 3e-4, 1e-3]},
+            {"method": "lora", "dropout": 0.0, "lr": adapters, "label": "lora"},
+            {"method": "oft", "lr": adapters, "label": "oft"},
+        ],
+        "budget": 23808, "seeds": list(range(options.seeds)), "steps": options.steps or 200,
+        "controls": {"steps": [50, 100] if not options.steps else [max(1, options.steps // 2)], "lr_scale": [0.5]},
+        "rewind": {"grid": [i / 10 for i in range(11)]}, "rule": {"best_sum": 1.0},
+        "metrics": {"modules": [r"layers\.\d+\..*_proj"], "rows": 64},
+        "batch_size": 32, "eval_batch_size": 256, "save_steps": 1000, "logging_steps": 25,
+    })  # fmt: skip
+
+
+def smollm_config(options: PeftArenaDemoOptions) -> Config:
+    """SmolLM2's arena: few steps, short rows, small suites, so that two CPU cores do."""
+    from . import smollm
+
+    return make_config({**smollm.CONFIG, "output": str(Path(options.output) / "arena"),
+                        "seeds": list(range(options.seeds)),
+                        **({"steps": options.steps} if options.steps else {})})  # fmt: skip
+
+
+def run(options: PeftArenaDemoOptions) -> dict:
+    """Make the base models where there are none, run the arena on, and publish; returns the results."""
+    started = time.perf_counter()
+    out = Path(options.output)
+    if options.model == "toy":
+        for seed in range(options.seeds):
+            if not (out / f"base-{seed}").is_dir():
+                toy.pretrain(out / f"base-{seed}", seed, options.pretrain_steps)
+        config = toy_config(options)
+    else:
+        config = smollm_config(options)
+    Arena(config).run()
+    from . import plot, report, summary
+
+    runs = summary.read_runs(config["output"])
+    found = summary.summarise(runs, config["forgetting"])
+    results = {
+        "options": asdict(options), "summary": found,
+        "seconds": sum(r["seconds"] for r in runs), "seconds_now": time.perf_counter() - started,
+    }  # fmt: skip
+    publish(results, out, lambda r: report.markdown(r["summary"]), lambda r, file: plot.plot(r["summary"], file))
+    return results
