@@ -118,7 +118,7 @@ class WeightPath(ABC):
 
 
 class PathPoint(Mapping[str, torch.Tensor]):
-    """theta(t): made tensor by tensor, kept by nobody."""
+    """theta(t): made tensor by tensor, kept by nobody.  It is one of ``Tensors`` too."""
 
     def __init__(self, path: WeightPath, t: Point):
         self.path, self.t = path, t
@@ -128,11 +128,23 @@ class PathPoint(Mapping[str, torch.Tensor]):
             raise KeyError(name)
         return self.path.tensor(name, self.t)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.path.template
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.path.template)
 
     def __len__(self) -> int:
         return sum(1 for _ in self.path.template)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.path.template.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.path.template.dtype(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.path.tensor(name, self.t)
 
 
 class Additive(WeightPath):

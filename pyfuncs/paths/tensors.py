@@ -201,15 +201,16 @@ class StateDict:
 
 
 def as_tensors(source) -> Tensors:
-    """A directory, a module, a state dict, or what is one of ``Tensors`` already.  TypeError for anything else."""
+    """A directory, a module, a state dict, or what is one of ``Tensors`` already (a path's point is).  TypeError for
+    anything else."""
     if isinstance(source, (str, os.PathLike)):
         return Checkpoint(source)
     if isinstance(source, torch.nn.Module):
         return StateDict(source.state_dict())
+    if hasattr(source, "tensor") and hasattr(source, "shape"):
+        return source
     if isinstance(source, Mapping):
         return StateDict(source)
-    if isinstance(source, (Checkpoint, StateDict)) or (hasattr(source, "tensor") and hasattr(source, "shape")):
-        return source
     raise TypeError(f"a directory, a module or a state dict is needed; got {type(source).__name__}")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ...paths import Adapter, split_model
+from ...paths import Adapter, StateDict, split_model
 from ..data import TASK_PREFIX, TaskData, load_data, read_jsonl
 from ..functions import load_function
 from ..models import check_model_name, load_model
@@ -32,6 +32,7 @@ from .config import Config
 from .evaluators import SPLITS, Suite
 from .plan import Run, plan_runs
 from .rewind import choose_point, mean, paths_of, rule_of, travelled
+from .techniques import technique
 
 RECORD = "burnish_peft_arena.json"
 #: An arena may grow by these; what else the file says is part of what its runs are.
@@ -146,20 +147,13 @@ class Arena:
 
     def _score_paths(self, run: Run, work, tokenizer, base, pre, post, adapter) -> dict[str, Any]:
         config = self.config
-        from .techniques import technique
-
-        def load(weights: Mapping[str, torch.Tensor]) -> None:
-            with torch.no_grad():
-                for name, x in work.state_dict().items():
-                    x.copy_(weights[name])
-
         length = travelled(post, pre)
         try:
-            load(post)
+            load(work, post)
             final = {s: self._both(work, tokenizer, s) for s in SPLITS}
-            measured = self._metrics(work, tokenizer, pre, post, load)
+            measured = self._metrics(work, tokenizer, pre, post)
         finally:
-            load(pre)
+            load(work, pre)
         known = {0.0: {s: base[s] for s in SPLITS}, 1.0: final}
         rule = rule_of(*config.rule, base["held_out"]["retention"])
         family = technique(run.technique).family
@@ -172,31 +166,15 @@ class Arena:
                 )  # fmt: skip
         return {"final": final, "distance": length, "paths": found, "metrics": measured}
 
-    def _metrics(self, work, tokenizer, pre, post, load) -> dict[str, float]:
-        asked = {"weights": True, "activations": True, "modules": None, "rows": 8, **self.config["metrics"]}
-        modules = metrics.pick_modules(work, asked["modules"])
-        names = [f"{m}.weight" for m in modules]
-        out: dict[str, float] = {}
-        from .. import geometry
-
-        if asked["weights"]:
-            found = geometry.weight_geometry(pre, post, names=names)
-            out |= metrics.averaged(found, "weight")
-            intruders = geometry.intruder_dimensions(pre, post, names=names)
-            out["weight.intruders"] = sum(i.count for i in intruders.values()) / len(intruders)
-        if asked["activations"]:
-            tuned = work
-            plain = copy.deepcopy(work)
-            with torch.no_grad():
-                for name, x in plain.state_dict().items():
-                    x.copy_(pre[name])
-            for axis, suites in self.suites.items():
-                rows = [r for s in suites.values() for r in s.sample(tokenizer, asked["rows"])]
-                if rows:
-                    batches = metrics.batches_of(rows, self.config["eval_batch_size"], next(work.parameters()).device)
-                    found = geometry.activation_geometry(plain, tuned, batches, modules)
-                    out |= metrics.averaged(found, axis)
-        return out
+    def _metrics(self, work, tokenizer, pre, post) -> dict[str, float]:
+        asked = {"weights": True, "activations": True, "modules": "paper8", "rows": 8, **self.config["metrics"]}
+        count = asked.pop("rows")
+        rows = {
+            axis: [r for s in suites.values() for r in s.sample(tokenizer, count)] for axis, suites in self.suites.items()
+        }
+        plain = copy.deepcopy(work)
+        load(plain, pre)
+        return metrics.measure(plain, work, pre, post, rows, batch_size=self.config["eval_batch_size"], **asked)
 
     def _both(self, model, tokenizer, split: str) -> dict[str, Any]:
         goal, kept = self.scores(model, tokenizer, split)
@@ -278,18 +256,21 @@ def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return out
 
 
+@torch.no_grad()
+def load(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy a ``snapshot`` into a model."""
+    for name, x in model.state_dict().items():
+        x.copy_(weights[name])
+
+
 def _merge(model, run: Run) -> tuple[Adapter | None, dict[str, torch.Tensor]]:
     """(adapter where its own path needs it, weights with it merged), on the CPU."""
     if not hasattr(model, "peft_config"):
         return None, snapshot(model)
     adapter = None
-    from .techniques import technique
-
     if technique(run.technique).family in ("lora", "oft"):
         _, found = split_model(model)
         tensors = {n: found.tensors.tensor(n).detach().to("cpu", copy=True) for n in found.tensors}
-        from ...paths import StateDict
-
         adapter = Adapter(found.config, StateDict(tensors))
     return adapter, snapshot(model.eval().merge_and_unload())
 

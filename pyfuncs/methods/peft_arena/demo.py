@@ -19,6 +19,7 @@ from .config import Config, make_config
 from .demo_options import PeftArenaDemoOptions
 
 _HERE = "burnish.methods.peft_arena"
+PARTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def toy_config(options: PeftArenaDemoOptions) -> Config:
@@ -28,7 +29,7 @@ def toy_config(options: PeftArenaDemoOptions) -> Config:
         return {"evaluator": "exact", "rows": f"{_HERE}.toy:rows", "args": {"task": task}, "size": 256}
 
     out = Path(options.output)
-    adapters = [1e-3, 3e-3, 1e-2]
+    adapters, steps = [1e-3, 3e-3, 1e-2], options.steps or 200
     return make_config({
         "model": str(out / "base-{seed}"), "output": str(out / "arena"), "data": f"{_HERE}.toy:rows",
         "data_args": {"task": toy.TARGET, "size": 8192},
@@ -40,10 +41,10 @@ def toy_config(options: PeftArenaDemoOptions) -> Config:
             {"method": "lora", "dropout": 0.0, "lr": adapters, "label": "lora"},
             {"method": "oft", "lr": adapters, "label": "oft"},
         ],
-        "budget": 23808, "seeds": list(range(options.seeds)), "steps": options.steps or 200,
-        "controls": {"steps": [50, 100] if not options.steps else [max(1, options.steps // 2)], "lr_scale": [0.5]},
-        "rewind": {"grid": [i / 10 for i in range(11)]}, "rule": {"best_sum": 1.0},
-        "metrics": {"modules": [r"layers\.\d+\..*_proj"], "rows": 64},
+        "budget": 23808, "seeds": list(range(options.seeds)), "steps": steps,
+        "controls": {"steps": [steps // 4] if steps > 3 else []},  # the lower rates are controls too
+        "rewind": {"grid": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8]}, "rule": {"best_sum": 1.0},
+        "metrics": {"modules": PARTS, "rows": 64},
         "batch_size": 32, "eval_batch_size": 256, "save_steps": 1000, "logging_steps": 25,
     })  # fmt: skip
 

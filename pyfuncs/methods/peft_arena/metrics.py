@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
-import statistics
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 
-#: Without ``modules`` in the file: PEFT-Arena's projections (q, k, v, down), in two layers a third and two thirds up.
-PARTS = ("q_proj", "k_proj", "v_proj", "down_proj")
+from .. import geometry
+from ..geometry.capture import choose_modules
 
 
-def pick_modules(model, patterns: Iterable[str] | None = None) -> list[str]:
-    """Names of the linear layers that metrics read: those that match a pattern (a regular expression), or the default.
-
-    ValueError for a pattern that matches none.
-    """
-    from .techniques import linear_layers
-
-    names = [name for name, _, _ in linear_layers(model)]
-    if patterns:
-        out: list[str] = []
-        for pattern in patterns:
-            found = [n for n in names if re.search(pattern, n)]
-            if not found:
-                raise ValueError(f"metrics: modules: {pattern!r} matches no linear layer of the model")
-            out += [n for n in found if n not in out]
-        return out
-    layers = model.config.get_text_config().num_hidden_layers
-    wanted = {layers // 3, 2 * layers // 3}
-    chosen = [
-        n for n in names if (m := re.search(r"\.(\d+)\.", n)) and int(m[1]) in wanted and n.rsplit(".", 1)[-1] in PARTS
-    ]
-    return chosen or names
-
-
-def batches_of(rows: list[list[int]], size: int, device) -> list[dict[str, torch.Tensor]]:
-    """Rows of token ids as padded batches."""
+def batches_of(rows: Sequence[Sequence[int]], size: int, device) -> list[dict[str, torch.Tensor]]:
+    """Rows of token ids as batches, padded on the right."""
     out = []
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
-        width = max(map(len, batch))
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(batch):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
@@ -52,11 +24,36 @@ def batches_of(rows: list[list[int]], size: int, device) -> list[dict[str, torch
     return out
 
 
-def averaged(found: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, float]:
-    """{"prefix.metric": mean over modules} of {module: {metric: number}}; what is no finite number is left out."""
-    columns: dict[str, list[float]] = {}
-    for row in found.values():
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                columns.setdefault(f"{prefix}.{name}", []).append(float(value))
-    return {name: statistics.fmean(values) for name, values in columns.items()}
+def measure(
+    base: torch.nn.Module, tuned: torch.nn.Module, pre: Mapping[str, torch.Tensor], post: Mapping[str, torch.Tensor],
+    rows: Mapping[str, Sequence[Sequence[int]]], *, modules: str | Sequence[str] = "paper8", weights: bool = True,
+    activations: bool = True, batch_size: int = 16,
+) -> dict[str, float]:  # fmt: skip
+    """{"weight.METRIC", "AXIS.METRIC": mean over modules} of ``burnish.methods.geometry``.
+
+    Args:
+        base, tuned: plain models; pre, post: their weights.
+        rows: token ids by axis, "target" and "retention": activations and capability drift are of each on its own.
+        modules: as in ``geometry.activation_geometry``.
+
+    ValueError for modules that are not there.  What is not finite is left out.
+    """
+    names = choose_modules(base, modules)
+    out: dict[str, float] = {}
+    if weights:
+        matrices = [f"{n}.weight" for n in names]
+        found = geometry.average(geometry.weight_geometry(pre, post, matrices))
+        intruders = geometry.intruder_dimensions(pre, post, names=matrices).values()
+        found["intruders"] = sum(i.count for i in intruders) / len(names)
+        out |= {f"weight.{k}": v for k, v in found.items()}
+    if activations:
+        device = next(base.parameters()).device
+        for axis, some in rows.items():
+            if not some:
+                continue
+            batches = batches_of(some, batch_size, device)
+            found = geometry.average(geometry.activation_geometry(base, tuned, batches, names))
+            found.pop("tokens", None)
+            found |= geometry.average(geometry.capability_drift(pre, post, geometry.input_moments(base, batches, names)))
+            out |= {f"{axis}.{k}": v for k, v in found.items()}
+    return {k: v for k, v in out.items() if math.isfinite(v)}
