@@ -1,8 +1,7 @@
 """``burnish demo peft-arena``: an arena on this machine, nothing fetched.
 
 toy: a Llama of 0.13M parameters that knows six sequence tasks is fine-tuned on a seventh; a base model a seed.
-smollm2: SmolLM2-135M learns to reverse words; what should stay is the likelihood of Python's reference and of answers to
-two other reasoning-gym tasks.
+smollm2: SmolLM2-135M learns to reverse words; what should stay is the likelihood of Python's reference, and sums.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...paths import atomic_directory
 from ..demo_results import publish
+from ..models import load_model
 from . import toy
 from .arena import Arena
 from .config import Config, make_config
@@ -53,9 +54,9 @@ def smollm_config(options: PeftArenaDemoOptions) -> Config:
     """SmolLM2's arena: few steps, short rows, small suites, so that two CPU cores do."""
     from . import smollm
 
-    return make_config({**smollm.CONFIG, "output": str(Path(options.output) / "arena"),
-                        "seeds": list(range(options.seeds)),
-                        **({"steps": options.steps} if options.steps else {})})  # fmt: skip
+    given = {"model": str(Path(options.output) / "base"), "output": str(Path(options.output) / "arena")}
+    given |= {"seeds": list(range(options.seeds)), "steps": options.steps or smollm.CONFIG["steps"]}
+    return make_config({**smollm.CONFIG, **given})
 
 
 def run(options: PeftArenaDemoOptions) -> dict:
@@ -68,6 +69,11 @@ def run(options: PeftArenaDemoOptions) -> dict:
                 toy.pretrain(out / f"base-{seed}", seed, options.pretrain_steps)
         config = toy_config(options)
     else:
+        if not (out / "base").is_dir():  # reading the package's GGUF file takes a minute, this a second
+            model, tokenizer = load_model("smollm2")
+            with atomic_directory(out / "base") as made:
+                model.save_pretrained(made)
+                tokenizer.save_pretrained(made)
         config = smollm_config(options)
     Arena(config).run()
     from . import plot, report, summary
