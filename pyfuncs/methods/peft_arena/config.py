@@ -21,9 +21,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "oft": ("generator", "safe", "min", "line"),
 }
 RULES = ("best_target", "furthest", "best_sum")
-#: PEFT-Arena's own training settings, as fields of trl.SFTConfig.
+#: PEFT-Arena's own training settings, as fields of trl.SFTConfig (warmup_steps below 1 is a share of all steps).
 TRAINING = {
-    "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.01, "warmup_ratio": 0.1, "lr_scheduler_type": "cosine",
+    "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.01, "warmup_steps": 0.1, "lr_scheduler_type": "cosine",
     "max_grad_norm": 1.0,
 }  # fmt: skip
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from ..chunked import find
 from ..run_directory import RunDirectory, trainer_arguments
 from ..sft_options import OWN_FIELDS
 from ..target_sft import TargetSFTTrainer
@@ -65,11 +66,14 @@ def train(config: Config, run: Run, model, tokenizer, rows: list[dict], folder: 
         student, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, objective="nll",
         chunkft=chunkft, callbacks=[AllocateRanks(folder)] if run.technique == "adalora" else None,
     )  # fmt: skip
-    trainer.remove_callback("PrinterCallback")
+    trainer.remove_callback(PrinterCallback)
     directory.begin()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(directory.checkpoint) if directory.checkpoint else None)
     trainer.fused_head.restore()
+    chunked = find(trainer.optimizer)
+    if chunked is not None:
+        chunked.detach()
     losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
     return Trained(trainer.accelerator.unwrap_model(trainer.model), time.perf_counter() - started, losses)
 

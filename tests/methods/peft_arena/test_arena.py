@@ -65,3 +65,171 @@ def test_every_technique_runs(model, tmp_path, capsys):
     assert main(["peft-arena", "run", write(tmp_path, values)]) == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "runs").glob("*.json")} == stamps
     assert f"{len(runs)} of {len(runs)} runs are done already" in capsys.readouterr().err
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name, arguments", [
+    ("lora", {"r": 2}), ("pissa", {"r": 2}), ("milora", {"r": 2}), ("adalora", {"r": 3}), ("oft", {"block_size": 16}),
+    ("chunkft", {"chunks": 2, "steps_per_chunk": 2}), ("vera", {"r": 8}),
+])  # fmt: skip
+def test_a_cut_training_has_the_bits_of_a_whole_one(model, tmp_path, monkeypatch, name, arguments):
+    """Cut within step 6, saved at every second step; once more where it was cut after the last step."""
+    from burnish.methods.peft_arena import train
+    from burnish.methods.peft_arena.plan import Run
+
+    values = arenas.values(model, tmp_path / "out", save_steps=2, methods=[{"method": name, **arguments}])
+    config = make_config(values)
+    from burnish.methods.peft_arena import all_techniques
+
+    full = all_techniques()[name].arguments(arguments)
+    run = Run(name, name, full, 1e-2, 7, 3, "", 0, None)
+    rows = arenas.toy.rows("prefix", 64)
+
+    def go(folder):
+        net, tok = load_model(model)
+        trained = train.train(config, run, net, tok, rows, folder)
+        return snapshot(trained.model), trained.loss
+
+    whole, loss = go(tmp_path / "whole")
+    step, count = train.TargetSFTTrainer.training_step, []
+
+    def breaks(self, *args, **kwargs):
+        count.append(1)
+        if len(count) == 6:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(train.TargetSFTTrainer, "training_step", breaks)
+    with pytest.raises(Killed):
+        go(tmp_path / "cut")
+    assert [p.name for p in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-4"]
+    again, losses = go(tmp_path / "cut")
+    assert len(count) == 6 + 3 and losses == loss
+    assert all(torch.equal(x, again[n]) for n, x in whole.items())
+    third, _ = go(tmp_path / "cut")
+    assert len(count) == 9 and all(torch.equal(x, third[n]) for n, x in whole.items())
+
+
+def command(file):
+    return [sys.executable, "-m", "burnish.cli", "peft-arena", "run", file]
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(model, tmp_path):
+    methods = [{"method": "lora", "r": 2, "lr": [1e-3, 1e-2]}, {"method": "oft", "block_size": 16}]
+    values = arenas.values(model, tmp_path / "whole", methods=methods, steps=12, save_steps=3, metrics={"rows": 2})
+    Arena(make_config(values)).run()
+    file = write(tmp_path, {**values, "output": str(tmp_path / "cut")})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(file), env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    # one run done, the next with a checkpoint
+    while time.monotonic() < deadline and process.poll() is None:
+        done = len(list((tmp_path / "cut" / "runs").glob("*.json")))
+        if done >= 1 and any((tmp_path / "cut" / "training").glob("*/checkpoint-*")):
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "runs").glob("*.json")}
+    assert 1 <= len(kept) < 3
+    subprocess.run(command(file), env=environment, check=True, capture_output=True)
+    for p, stamp in kept.items():
+        assert p.stat().st_mtime_ns == stamp
+    for p in (tmp_path / "whole" / "runs").glob("*.json"):
+        one, other = (json.loads((tmp_path / d / "runs" / p.name).read_text()) for d in ("whole", "cut"))
+        assert without_times(one) == without_times(other)
+
+
+def test_two_processes_share_the_runs(model, tmp_path, monkeypatch):
+    """Each has every other run, as RANK says, and the last one reports; within, nothing sees a process group."""
+    values = arenas.values(model, tmp_path / "out", methods=[{"method": "lora", "r": r, "lr": 1e-2} for r in (1, 2, 3)],
+                           metrics={"weights": False, "activations": False})  # fmt: skip
+    seen = {}
+    one = Arena.one
+
+    def watched(self, run, progress=""):
+        assert "WORLD_SIZE" not in os.environ and "RANK" not in os.environ
+        seen.setdefault(rank, []).append(run.label)
+        return one(self, run, progress)
+
+    monkeypatch.setattr(Arena, "one", watched)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arenas_of = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        arenas_of.append(Arena(make_config(values)))
+    planned = Arena.done
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        # both looked before either had written
+        monkeypatch.setattr(Arena, "done", lambda self, run: False if not seen.get(rank) else planned(self, run))
+        arenas_of[rank].run()
+        assert os.environ["RANK"] == str(rank) and os.environ["WORLD_SIZE"] == "2"
+        assert (tmp_path / "out" / "report.html").exists() == (rank == 1)
+    assert seen == {0: ["lora-r1", "lora-r3"], 1: ["lora-r2"]}
+
+
+def test_an_arena_may_grow_and_not_change(model, tmp_path):
+    out = tmp_path / "out"
+    Arena(make_config(arenas.values(model, out, metrics={"rows": 2}))).run()
+    Arena(make_config(arenas.values(model, out, seeds=[0, 1], metrics={"rows": 2})))
+    with pytest.raises(ValueError, match=r"its runs have steps 4, the file 5"):
+        Arena(make_config(arenas.values(model, out, steps=5, metrics={"rows": 2})))
+    other = arenas.values(
+        model, out, metrics={"rows": 2}, methods=[{"method": "oft", "block_size": 8, "lr": 1e-2, "label": "oft-b16"}]
+    )
+    with pytest.raises(ValueError, match=r"arguments is .*16.*, but .*8.* in the file: remove it"):
+        Arena(make_config(other)).run()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(ValueError, match="is not empty, and no arena's"):
+        Arena(make_config(arenas.values(model, tmp_path / "full")))
+
+
+def test_what_is_kept_loads_as_the_trained_model(model, tmp_path):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    methods = [{"method": "lora", "r": 2, "dropout": 0.0, "lr": 1e-2}, {"method": "dora", "r": 2, "lr": 1e-2}]
+    values = arenas.values(model, tmp_path / "out", methods=methods, keep=True, metrics={"rows": 2})
+    arena = Arena(make_config(values))
+    arena.run()
+    for run in arena.runs():
+        folder = tmp_path / "out" / "models" / run.name
+        scores = json.loads(arena.path(run).read_text())["final"]["test"]["suites"]
+        net, tok = load_model(model)
+        if run.technique == "lora":
+            net = peft.PeftModel.from_pretrained(net, str(folder)).merge_and_unload()
+        else:
+            net = AutoModelForCausalLM.from_pretrained(folder)
+        goal, kept = arena.scores(net, tok, "test")
+        assert {**goal, **kept} == scores
+
+
+def test_training_data_loses_the_suites_problems(model, tmp_path):
+    values = arenas.values(model, tmp_path / "out")
+    task = {"max_terms": 2, "max_digits": 1}
+    values |= {
+        "data": "reasoning-gym:chain_sum", "data_args": {"size": 300, "seed": 0, **task},
+        "target": {"sums": {"evaluator": "exact", "rows": "reasoning-gym:chain_sum", "args": task, "size": 30}},
+    }  # fmt: skip
+    arena = Arena(make_config(values))
+    asked = arena.suites["target"]["sums"].questions
+    assert len(asked) == 60 and 0 < len(arena.data.entries) < 300
+    assert not asked & {e["question"] for e in arena.data.entries}
+    values["data_args"] = {"size": 5, "seed": 1_000_003, **task}  # the tests' own seed
+    with pytest.raises(ValueError, match="every problem of it is in a suite"):
+        Arena(make_config(values))
+
+
+def test_bad_data(model, tmp_path, monkeypatch):
+    import tiny_models as tiny
+
+    monkeypatch.setattr(tiny, "bad", lambda task, size: [{"prompt": "a"}], raising=False)
+    with pytest.raises(ValueError, match="data tiny_models:bad: row:1: 'prompt' without 'completion'"):
+        Arena(make_config({**arenas.values(model, tmp_path / "out"), "data": "tiny_models:bad"}))
+    assert arena_module.RECORD.endswith(".json")
