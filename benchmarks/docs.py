@@ -656,6 +656,12 @@ def _from_results(name: str, module: str, function: str):
 
 
 PARTS = {
+    "demo peft-arena": (
+        "docs/peft_arena.md", _from_results("demo_peft_arena", "burnish.methods.peft_arena.demo", "markdown"),
+    ),
+    "demo peft-arena smollm2": (
+        "docs/peft_arena.md", _from_results("demo_peft_arena_smollm2", "burnish.methods.peft_arena.demo", "markdown"),
+    ),
     "demo axpo": ("docs/axpo.md", _from_results("demo_axpo", "burnish.methods.axpo.demo", "markdown")),
     "axpo run": ("docs/axpo.md", _from_results("axpo_run", "axpo_run", "markdown")),
     "demo ra-rft": ("docs/ra_rft.md", _from_results("demo_ra_rft", "burnish.methods.ra_rft.demo_report", "table")),

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ...paths import Adapter, StateDict, split_model
+from ..chunkft_plan import empty_model
 from ..data import TASK_PREFIX, TaskData, load_data, read_jsonl
 from ..functions import load_function
 from ..models import check_model_name, load_model
@@ -43,7 +44,7 @@ _MAY_CHANGE = (
 
 
 class Arena:
-    """The runs of a ``Config``.
+    """The runs of a ``Config``: ``runs`` lists them, done or not.
 
     Made, it has checked the config, the suites and the data, and written nothing.  ValueError, in one line, for
     anything wrong with them, or an output that is of another arena.
@@ -60,13 +61,12 @@ class Arena:
             check_model_name(config.model(seed))
         self.data = self._load_data()
         self._check_output()
+        # from the model's config alone: what is wrong is said before any weights are read
+        self.runs = plan_runs(config, empty_model(config.model(config["seeds"][0]), torch.float32))
+        for run in self.runs:
+            self.done(run)
         self._loaded: tuple[str, Any, Any] | None = None
         self._base: dict[str, dict[str, Any]] = {}
-
-    def runs(self) -> list[Run]:
-        """Every run, done or not."""
-        model, _ = self._model(self.config["seeds"][0])
-        return plan_runs(self.config, model)
 
     def run(self) -> None:
         """Make what is missing, this process's share of it under torchrun, and the report when nothing is."""
@@ -75,13 +75,14 @@ class Arena:
             quiet_bars()
             self.output.mkdir(parents=True, exist_ok=True)
             write_json(self.output / RECORD, dict(self.config.values))
-            runs = self.runs()
-            missing = [r for r in runs if not self.done(r)]
-            if len(missing) < len(runs):
-                note(f"{len(runs) - len(missing)} of {len(runs)} runs are done already")
-            for number, one in enumerate(missing):
-                if number % world == rank:
-                    self.one(one, f"[{len(runs) - len(missing) + number + 1}/{len(runs)}]")
+            runs = self.runs
+            finished = sum(self.done(r) for r in runs)
+            if finished:
+                note(f"{finished} of {len(runs)} runs are done already")
+            for number, one in enumerate(runs):
+                # by place in the whole list, which all processes have alike whenever they look
+                if number % world == rank and not self.done(one):
+                    self.one(one, f"[{number + 1}/{len(runs)}]")
         if all(self.done(r) for r in runs):  # under torchrun: in whichever process is the last
             from .report import write_report
 
