@@ -42,7 +42,8 @@ def train(config: Config, run: Run, model, tokenizer, rows: list[dict], folder: 
     from datasets import Dataset
 
     settings = {**run.settings(), **{k: config[k] for k in DECIDES}}
-    directory = RunDirectory({"output": str(folder), "resume": True, "overwrite": False, **settings}, RECORD)
+    begun = folder.is_dir() and any(folder.iterdir())
+    directory = RunDirectory({"output": str(folder), "resume": begun, "overwrite": False, **settings}, RECORD)
     options = {
         "output": str(folder), "learning_rate": run.rate, "batch_size": config["batch_size"],
         "accumulation": config["accumulation"], "seed": run.seed, "save_steps": config["save_steps"],
