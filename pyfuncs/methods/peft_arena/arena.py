@@ -1,10 +1,10 @@
 """An arena at work: train, score, rewind and measure each run, one JSON each; what is there already is not run again.
 
-    OUTPUT/burnish_peft_arena.json       the file's options
-    OUTPUT/base-MODEL.json               scores of a model before training
-    OUTPUT/runs/NAME.json                one run, written whole when all of it is done
-    OUTPUT/training/NAME/                its checkpoints meanwhile
-    OUTPUT/report.{html,md,json}, frontier.png
+OUTPUT/burnish_peft_arena.json       the file's options
+OUTPUT/base-MODEL.json               scores of a model before training
+OUTPUT/runs/NAME.json                one run, written whole when all of it is done
+OUTPUT/training/NAME/                its checkpoints meanwhile
+OUTPUT/report.{html,md,json}, frontier.png
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,8 @@ class Arena:
         for name in ("technique", "arguments", "rate", "steps", "seed"):
             if found.get(name) != own[name]:
                 raise ValueError(
-                    f"{self.path(run)}: {name} is {found.get(name)!r}, but {own[name]!r} in the file: remove it, or give "
-                    "the method another label"
+                    f"{self.path(run)}: {name} is {found.get(name)!r}, but {own[name]!r} in the file: remove it, or "
+                    "give the method another label"
                 )
         return True
 
@@ -128,7 +129,7 @@ class Arena:
             "run": run.settings(), "base": base, **result,
             "training": {"seconds": trained.seconds, "loss": trained.loss, "rows": len(rows)},
             "seconds": time.perf_counter() - started,
-            "versions": {"torch": torch.__version__, "peft": _version("peft"), "transformers": _version("transformers")},
+            "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
         }  # fmt: skip
         self.path(run).parent.mkdir(exist_ok=True)
         write_json(self.path(run), result)
@@ -171,7 +172,8 @@ class Arena:
         asked = {"weights": True, "activations": True, "modules": "paper8", "rows": 8, **self.config["metrics"]}
         count = asked.pop("rows")
         rows = {
-            axis: [r for s in suites.values() for r in s.sample(tokenizer, count)] for axis, suites in self.suites.items()
+            axis: [r for suite in named.values() for r in suite.sample(tokenizer, count)]
+            for axis, named in self.suites.items()
         }
         plain = copy.deepcopy(work)
         load(plain, pre)
@@ -209,7 +211,9 @@ class Arena:
                 seen = {q for suites in self.suites.values() for s in suites.values() for q in s.questions}
                 kept = [e for e in data.entries if e["question"] not in seen]
                 if not kept:
-                    raise ValueError(f"data {source}: every problem of it is in a suite; ask for more, or for longer ones")
+                    raise ValueError(
+                        f"data {source}: every problem of it is in a suite; ask for more, or for longer ones"
+                    )
                 data.entries = kept
             return data
         rows = list(load_function(source, "data")(**arguments))
@@ -309,9 +313,3 @@ def _checked_rows(rows: list, source: str) -> list[dict]:
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """An adapter's config as JSON can hold it."""
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)

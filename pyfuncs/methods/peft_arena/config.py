@@ -152,7 +152,9 @@ def make_config(values: Mapping[str, Any]) -> Config:
             raise ValueError(f"{axis}: at least one suite is needed")
     shared = set(given["target"]) & set(given["retention"])
     if shared:
-        raise ValueError(f"the suite {sorted(shared)[0]!r} is of both target and retention: give each a name of its own")
+        raise ValueError(
+            f"the suite {sorted(shared)[0]!r} is of both target and retention: give each a name of its own"
+        )
     return Config(
         given, _methods(given), tuple(sorted({0.0, *grid, 1.0})), variants, float(rewind["power"]),
         _rule(given["rule"]),

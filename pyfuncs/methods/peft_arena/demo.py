@@ -27,25 +27,26 @@ def toy_config(options: PeftArenaDemoOptions) -> Config:
     """The toy's arena."""
 
     def suite(task: str) -> dict[str, Any]:
-        return {"evaluator": "exact", "rows": f"{_HERE}.toy:rows", "args": {"task": task}, "size": 256}
+        rows = {"rows": f"{_HERE}.toy:rows", "args": {"task": task}, "size": 128}
+        return {"evaluator": "exact", "by": "token", **rows}
 
     out = Path(options.output)
-    adapters, steps = [1e-3, 3e-3, 1e-2], options.steps or 200
+    rates, higher, steps = [1e-4, 3e-4, 1e-3], [3e-4, 1e-3, 3e-3], options.steps or 200
     return make_config({
         "model": str(out / "base-{seed}"), "output": str(out / "arena"), "data": f"{_HERE}.toy:rows",
         "data_args": {"task": toy.TARGET, "size": 8192},
         "target": {toy.TARGET: suite(toy.TARGET)},
         "retention": {t: suite(t) for t in toy.TASKS if t != toy.TARGET},
         "methods": [
-            {"method": "full", "lr": [1e-4, 3e-4, 1e-3]},
-            {"method": "chunkft", "chunks": 4, "lr": [1e-4, 3e-4, 1e-3]},
-            {"method": "lora", "dropout": 0.0, "lr": adapters, "label": "lora"},
-            {"method": "oft", "lr": adapters, "label": "oft"},
+            {"method": "full", "lr": rates},
+            {"method": "chunkft", "chunks": 4, "lr": higher},
+            {"method": "lora", "dropout": 0.0, "lr": higher, "label": "lora"},
+            {"method": "oft", "lr": higher, "label": "oft"},
         ],
         "budget": 23808, "seeds": list(range(options.seeds)), "steps": steps,
         "controls": {"steps": [steps // 4] if steps > 3 else []},  # the lower rates are controls too
-        "rewind": {"grid": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8]}, "rule": {"best_sum": 1.0},
-        "metrics": {"modules": PARTS, "rows": 64},
+        "rewind": {"grid": [0.2, 0.4, 0.6, 0.8]}, "rule": {"best_sum": 1.0},
+        "metrics": {"modules": PARTS, "rows": 16},
         "batch_size": 32, "eval_batch_size": 256, "save_steps": 1000, "logging_steps": 25,
     })  # fmt: skip
 

@@ -54,6 +54,8 @@ def measure(
             batches = batches_of(some, batch_size, device)
             found = geometry.average(geometry.activation_geometry(base, tuned, batches, names))
             found.pop("tokens", None)
-            found |= geometry.average(geometry.capability_drift(pre, post, geometry.input_moments(base, batches, names)))
+            found |= geometry.average(
+                geometry.capability_drift(pre, post, geometry.input_moments(base, batches, names))
+            )
             out |= {f"{axis}.{k}": v for k, v in found.items()}
     return {k: v for k, v in out.items() if math.isfinite(v)}

@@ -95,9 +95,9 @@ def tables(summary: Summary) -> Iterator[Table]:
     if rows:
         yield (
             "Rewinding",
-            "At each method's highest rate. The point is chosen on held-out suites and scored on the tests; distance is "
-            "of the way that the trained model has gone. Last columns: the path's retention less a control's, at the "
-            "control's own target, on held-out suites.",
+            "At each method's highest rate. The point is chosen on held-out suites and scored on the tests; distance "
+            "is of the way that the trained model has gone. Last columns: the path's retention less a control's, at "
+            "the control's own target, on held-out suites.",
             ["run", "path", "target", "retention", "alpha", "distance", "target there", "retention there",
              *(f"against {c}" for c in controls)],
             rows,

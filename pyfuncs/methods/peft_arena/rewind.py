@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ...paths import (
-    Additive,
     Adapter,
+    Additive,
     LoRAScale,
     OFTGenerator,
     Point,
@@ -95,8 +95,10 @@ def layer_strength(path: OFTGenerator) -> dict[int | None, float]:
 
 
 def rule_of(name: str, number: float, base: float) -> Rule:
-    """"best_target" and "furthest" within a forgetting of ``number``, or "best_sum" with it as retention's weight."""
-    return best_sum(number) if name == "best_sum" else (best_target if name == "best_target" else furthest)(number, base)
+    """A rule by name: within a forgetting of ``number``, or of best_sum with it as the weight of retention."""
+    if name == "best_sum":
+        return best_sum(number)
+    return (best_target if name == "best_target" else furthest)(number, base)
 
 
 @torch.no_grad()

@@ -297,7 +297,7 @@ def _oft_config(steps: int, a: Mapping[str, Any]) -> Any:
 
 
 def _boft_config(steps: int, a: Mapping[str, Any]) -> Any:
-    # one factor: without its CUDA extension HF PEFT trains one whatever it is told, and a budget must not depend on that
+    # one factor: without its CUDA extension HF PEFT trains one whatever it is told, and counts must not depend on that
     return _peft("BOFTConfig", boft_block_size=a["block_size"], boft_n_butterfly_factor=1, boft_dropout=a["dropout"])
 
 
@@ -345,7 +345,8 @@ _ROWS = (
         _BLOCKS, 2e-4, {"block_size": 32, "dropout": 0.0, "neumann": True},
     ),
     Technique(
-        "boft", "full", "arXiv 2311.06243: rotations and a scale a row, one butterfly factor", _boft, _boft_config, "block_size", _BLOCKS,
+        "boft", "full", "arXiv 2311.06243: rotations and a scale a row, one butterfly factor", _boft, _boft_config,
+        "block_size", _BLOCKS,
         2e-4, {"block_size": 4, "dropout": 0.0},
     ),
 )  # fmt: skip

@@ -14,8 +14,8 @@ import yaml
 
 from burnish.cli import main
 from burnish.methods import load_model
-from burnish.methods.peft_arena import arena as arena_module
 from burnish.methods.peft_arena import all_techniques, make_config
+from burnish.methods.peft_arena import arena as arena_module
 from burnish.methods.peft_arena.arena import Arena, snapshot
 
 
@@ -35,7 +35,9 @@ def without_times(run):
 
 
 def test_every_technique_runs(model, tmp_path, capsys):
-    methods = [{"method": name, "lr": 1e-2, **({"r": 2} if t.size == "r" else {})} for name, t in all_techniques().items()]
+    methods = [
+        {"method": name, "lr": 1e-2, **({"r": 2} if t.size == "r" else {})} for name, t in all_techniques().items()
+    ]
     values = arenas.values(model, tmp_path / "out", methods=methods, steps=6, metrics={"rows": 2})
     assert main(["peft-arena", "run", write(tmp_path, values)]) == 0
     runs = [json.loads(p.read_text()) for p in (tmp_path / "out" / "runs").glob("*.json")]
@@ -55,7 +57,7 @@ def test_every_technique_runs(model, tmp_path, capsys):
             assert last["distance"] <= 1 + 1e-5
     assert not list((tmp_path / "out" / "training").glob("*"))
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "<svg" in html and "src=" not in html and "@import" not in html and '<link' not in html
+    assert "<svg" in html and "src=" not in html and "@import" not in html and "<link" not in html
     assert all("w3.org" in part[:40] for part in html.split("http")[1:])  # names of XML, which nothing fetches
     # a second time nothing is left to do
     capsys.readouterr()

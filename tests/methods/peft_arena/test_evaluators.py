@@ -34,7 +34,9 @@ def plain(model, ids, labels):
 
 def test_label_stats_are_plain_torch(model):
     batch = tiny.batch(size=5, length=12)
-    rows = [(x[:n].tolist(), y[:n].tolist()) for x, y, n in zip(batch["input_ids"], batch["labels"], (12, 7, 9, 12, 5))]
+    sizes = (12, 7, 9, 12, 5)
+    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
+    rows = [(x[:n], y[:n]) for x, y, n in zip(ids, labels, sizes, strict=True)]
     with torch.no_grad():
         found = label_stats(model, rows, batch_size=2)
         for (ids, labels), (logp, hit) in zip(rows, found, strict=True):

@@ -164,5 +164,5 @@ def test_errors_name_the_argument(name, arguments, message):
         match_budget(TINY, "lora", 0)
     with pytest.raises(ValueError, match="r is what a budget sets"):
         match_budget(TINY, "lora", 100, r=4)
-    with pytest.raises(ValueError, match="HF PEFT .* refuses"):
+    with pytest.raises(ValueError, match=r"HF PEFT .* refuses"):
         apply(tiny(), "boft", 5, block_size=7)
