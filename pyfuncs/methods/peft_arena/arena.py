@@ -282,16 +282,21 @@ def _merge(model, run: Run) -> tuple[Adapter | None, dict[str, torch.Tensor]]:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """torchrun's processes each train runs of their own: within, nothing takes them for one run of several.
-
-    Each sees its own device alone, where there is one."""
+    """torchrun's processes each train runs of their own: within, nothing takes them for one run of several, and each
+    sees one of the machine's GPUs."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-    before = {n: os.environ.pop(n) for n in names if n in os.environ}
-    if "LOCAL_RANK" in before and torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(before["LOCAL_RANK"]))
+    seen = "CUDA_VISIBLE_DEVICES"
+    before = {n: os.environ[n] for n in (*names, seen) if n in os.environ}
+    for name in names:
+        os.environ.pop(name, None)
+    if "LOCAL_RANK" in before:
+        local, devices = int(before["LOCAL_RANK"]), before.get(seen, "").split(",")
+        # a Trainer that sees several would split each batch over all of them
+        os.environ[seen] = devices[local % len(devices)] if devices != [""] else str(local)
     try:
         yield
     finally:
+        os.environ.pop(seen, None)
         os.environ.update(before)
 
 

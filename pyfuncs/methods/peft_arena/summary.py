@@ -56,11 +56,15 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
         tested; against each control, the retention of the path less the control's at the control's own target, on
         held-out suites, in which nothing is chosen.
     correlations: of each metric with forgetting and with target over all runs: Pearson, Spearman, runs.
+
+    ValueError where no run but controls is finished.
     """
     by = _grouped(runs, lambda r: (r["run"]["label"], r["run"]["rate"], r["run"]["steps"], r["run"]["control"]))
     rows = [_row(key, group) for key, group in by.items()]
     rows.sort(key=lambda r: (r["label"], r["control"], r["rate"]))
     methods = _grouped([r for r in runs if not r["run"]["control"]], lambda r: r["run"]["label"])
+    if not methods:
+        raise ValueError("no run is finished but controls")
     best = {
         label: max(e["mean"] for e in (r["target"] for r in rows if r["label"] == label and not r["control"]))
         for label in methods
@@ -76,7 +80,7 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
         "matched": matched,
         "methods": {label: _method(group, matched, limits) for label, group in methods.items()},
         "front": [p.name for p in pareto_front(points)],
-        "rewinding": _rewinding(runs),
+        "rewinding": _rewinding([r for r in runs if r["run"]["label"] in methods]),
         "correlations": _correlations(runs),
         "runs": len(runs),
     }

@@ -173,6 +173,19 @@ def test_two_processes_share_the_runs(model, tmp_path, monkeypatch):
     assert seen == {0: ["lora-r1", "lora-r3"], 1: ["lora-r2"]}
 
 
+def test_each_process_sees_one_gpu(monkeypatch):
+    for given, local, want in ((None, 1, "1"), ("4,5", 1, "5"), ("7", 3, "7"), (None, None, None)):
+        for name, value in (("CUDA_VISIBLE_DEVICES", given), ("LOCAL_RANK", local)):
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, str(value))
+        before = dict(os.environ)
+        with arena_module.alone():
+            assert os.environ.get("CUDA_VISIBLE_DEVICES") == want and "LOCAL_RANK" not in os.environ
+        assert dict(os.environ) == before
+
+
 def test_an_arena_may_grow_and_not_change(model, tmp_path):
     out = tmp_path / "out"
     Arena(make_config(arenas.values(model, out, metrics={"rows": 2}))).run()

@@ -1,10 +1,13 @@
 """An arena's file: errors name the option and what it got; which runs it asks for."""
 
+from pathlib import Path
+
 import arenas
 import pytest
 import torch
 
 from burnish.cli import main
+from burnish.methods.options import parse_yaml
 from burnish.methods.peft_arena import make_config, plan_runs, read_config, toy
 
 
@@ -67,6 +70,13 @@ def test_defaults(tmp_path):
     assert config(tmp_path, rewind={"variants": ["line"]}).paths("lora") == ()
     assert c["training"]["adam_beta2"] == 0.95
     assert config(tmp_path, training={"adam_beta2": 0.5})["training"]["max_grad_norm"] == 1.0
+
+
+def test_the_file_of_the_documentation():
+    text = (Path(__file__).parents[3] / "docs" / "peft_arena.md").read_text()
+    c = make_config(parse_yaml(text.split("```yaml\n")[1].split("```")[0]))
+    assert [m.label for m in c.methods] == ["lora", "oft", "dora-small", "full"]
+    assert [m.budget for m in c.methods] == [2400000, 2400000, None, None] and c.rule == ("best_target", 0.02)
 
 
 def test_seed_in_the_models_name(tmp_path):

@@ -84,6 +84,15 @@ def test_rewinding_against_its_controls():
     assert [p["target"] for p in r["curve"]] == pytest.approx([0.2, 0.4, 0.6])
 
 
+def test_an_arena_that_is_not_finished():
+    runs = [r for r in arena() if r["run"]["control"] or r["run"]["label"] == "b"]
+    s = summarise(runs)  # of a there are controls alone
+    assert set(s["methods"]) == {"b"} and s["rewinding"] == []
+    assert "5 steps" in markdown(s)
+    with pytest.raises(ValueError, match="no run is finished but controls"):
+        summarise([r for r in runs if r["run"]["control"]])
+
+
 def test_correlations_are_over_runs():
     found = {c["metric"]: c for c in summarise(arena())["correlations"]}
     runs = arena()
