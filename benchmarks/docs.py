@@ -665,6 +665,7 @@ PARTS = {
     "demo axpo": ("docs/axpo.md", _from_results("demo_axpo", "burnish.methods.axpo.demo", "markdown")),
     "axpo run": ("docs/axpo.md", _from_results("axpo_run", "axpo_run", "markdown")),
     "demo ra-rft": ("docs/ra_rft.md", _from_results("demo_ra_rft", "burnish.methods.ra_rft.demo_report", "table")),
+    "geometry": ("docs/geometry.md", _from_results("geometry_cpu", "geometry", "table")),
     "maxsim": ("docs/maxsim.md", _from_results("maxsim_cpu", "maxsim", "table")),
     "attention kernels": ("docs/selected_attention.md", attention_kernels),
     "tokens layer": ("docs/selected_attention.md", tokens_layer),

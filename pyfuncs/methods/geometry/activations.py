@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .capture import Forward, choose_modules, evaluating, find, forward, listening, rows, token_mask
+from ..frozen import evaluating
+from .capture import Forward, choose_modules, find, forward, listening, rows, token_mask
 from .moments import Moments, PairMoments, Sample
 from .spectrum import nuclear_norm
 
@@ -36,7 +37,7 @@ def activation_geometry(
     Returns {module: metrics}.  X0, X1 (tokens, d) are a module's outputs in base and tuned; c: columns centred:
 
         mean_cosine_drift               mean of 1 - cos(x0, x1)
-        angle_mean, angle_median        of the angle of x0 and x1, radians; the median is exact: a number a token is kept
+        angle_mean, angle_median        of the angle of x0 and x1 in radians; exact: one number a token is kept
         log_norm_ratio                  mean of |log(||x1|| / ||x0||)|, of tokens where neither is zero
         gram_cosine_dist                ||Z1 Z1^T - Z0 Z0^T||_F / ||Z0 Z0^T||_F, Z with rows of length 1, not centred
         raw_residual                    ||X1c - X0c||_F / ||X0c||_F
@@ -68,7 +69,7 @@ def activation_geometry(
     if shared:
         raise ValueError(f"base and tuned share {shared[0]}: copy the base model before PEFT wraps it")
     found = {n: _Pair(n, widest, sample, seed) for n in names}
-    with evaluating(base, tuned):
+    with torch.no_grad(), evaluating(base), evaluating(tuned):
         for batch in batches:
             mask = token_mask(batch)
             for pair in found.values():
@@ -145,7 +146,7 @@ class _Pair:
 
     def finish(self, ks: tuple[int, ...]) -> dict[str, float]:
         m, count = self.moments, self.moments.count
-        if count < 2:
+        if count < 2 or m.means is None or self.sample is None:
             raise ValueError(f"{self.name}: {count} tokens; two are needed")
         before, after = float(m.s00.trace()), float(m.s11.trace())
         if not (before < float("inf") and after < float("inf")):
@@ -157,7 +158,7 @@ class _Pair:
             "angle_mean": float(angles.mean()),
             "angle_median": float((angles[(count - 1) // 2] + angles[count // 2]) / 2),
             "log_norm_ratio": self.norms / self.sized if self.sized else 0.0,
-            "gram_cosine_dist": self._gram(),
+            "gram_cosine_dist": _gram(self.sample),
             "raw_residual": _over(self.moved.square, before) ** 0.5,
             "proc_residual": _over(max(0.0, before + after - 2 * nuclear_norm(m.s01)), before) ** 0.5,
             "linear_cka": _over(float(m.s01.square().sum()), float(m.s00.norm() * m.s11.norm())),
@@ -172,11 +173,12 @@ class _Pair:
                 out[f"subspace_dist_{k}"] = float((q - p @ (p.T @ q)).norm()) / k**0.5
         return out
 
-    def _gram(self) -> float:
-        z = self.sample.double()
-        z = z / z.norm(dim=2, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-        first, second = z[0] @ z[0].T, z[1] @ z[1].T
-        return _over(float((second - first).norm()), float(first.norm()))
+
+def _gram(sample: torch.Tensor) -> float:
+    z = sample.double()
+    z = z / z.norm(dim=2, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+    first, second = z[0] @ z[0].T, z[1] @ z[1].T
+    return _over(float((second - first).norm()), float(first.norm()))
 
 
 def _over(part: float, whole: float) -> float:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ...paths import as_tensors
+from ..frozen import evaluating
 from .activations import CHUNK
-from .capture import Forward, choose_modules, evaluating, find, forward, listening, rows, token_mask
+from .capture import Forward, choose_modules, find, forward, listening, rows, token_mask
 from .moments import RawMoments
 from .weights import read_pair
 
@@ -53,7 +54,7 @@ def input_moments(
         for chunk in rows(name, x, mask).split(CHUNK):
             moments[name].update(chunk.double())
 
-    with evaluating(base), listening(found, add, inputs=True):
+    with torch.no_grad(), evaluating(base), listening(found, add, inputs=True):
         for batch in batches:
             mask = token_mask(batch)
             forward(base, batch)

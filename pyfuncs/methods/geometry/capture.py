@@ -20,7 +20,9 @@ Forward = Callable[[torch.nn.Module, Mapping[str, Any]], Any]
 def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
     """``model(**batch)`` without labels; of the logits only the last position's, where the model offers it."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         inputs.setdefault("logits_to_keep", 1)
     model(**inputs)
@@ -62,26 +64,11 @@ def choose_modules(model: torch.nn.Module, modules: str | Iterable[str]) -> list
 
 def find(model: torch.nn.Module, name: str) -> torch.nn.Module:
     """A module by its name in the base model, in that model or one that PEFT wraps.  ValueError."""
-    for candidate in (name, _PEFT + name):
-        try:
-            return model.get_submodule(candidate)
-        except AttributeError:
-            continue
+    known = dict(model.named_modules(remove_duplicate=False))
+    for candidate in (_PEFT + name, name):
+        if candidate in known:
+            return known[candidate]
     raise ValueError(f"modules: the other model has no {name}")
-
-
-@contextmanager
-def evaluating(*models: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; every module's own mode again afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

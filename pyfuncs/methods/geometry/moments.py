@@ -36,8 +36,8 @@ class Moments:
 class PairMoments:
     """Centred second moments of two streams of the same tokens, X0 and X1, (tokens, d) each.
 
-    Attributes: ``count``; ``means`` (2, d); ``s00``, ``s11``, ``s01`` (d, d): X0c^T X0c and so on.  Memory: three (d, d)
-    in fp64.
+    Attributes: ``count``; ``means`` (2, d); ``s00``, ``s11``, ``s01`` (d, d), X0c^T X0c and so on.  Memory: three
+    (d, d) in fp64.
     """
 
     def __init__(self) -> None:

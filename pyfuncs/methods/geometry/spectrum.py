@@ -11,12 +11,15 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
+from ...paths.blend import working
+
 EPS = torch.finfo(torch.float64).eps
 
 
 def floor(eigenvalues: torch.Tensor) -> torch.Tensor:
     """Below it an eigenvalue of an (r, r) Gram matrix is rounding: r eps times the largest."""
-    return eigenvalues.max().clamp_min(0) * eigenvalues.numel() * EPS
+    largest = eigenvalues.max().clamp_min(0) if eigenvalues.numel() else eigenvalues.new_zeros(())
+    return largest * eigenvalues.numel() * EPS
 
 
 def gram_values(gram: torch.Tensor) -> torch.Tensor:
@@ -37,7 +40,8 @@ def singular_values(matrix: torch.Tensor) -> torch.Tensor:
     """(min(m, n),) singular values in fp64, falling, to about eps s_1: the Gram matrix, refined.
 
     Each level solves the Gram matrix of what is left, takes the values of its upper five decades as the lengths
-    ||M v||, and goes on with M times the other vectors, whose Gram matrix has a scale of its own.
+    ||M v||, and goes on with M times the other vectors, cleared of the directions just found: a matrix whose Gram
+    matrix has a scale of its own.
     """
     rest = matrix.double()
     if rest.shape[0] < rest.shape[1]:
@@ -52,7 +56,9 @@ def singular_values(matrix: torch.Tensor) -> torch.Tensor:
         if not lengths.max() > 0:
             done[-1] = lengths
             break
+        found = rest[:, ~small] / lengths[~small]
         rest = rest[:, small]
+        rest = rest - found @ (found.T @ rest)
     return torch.cat(done).sort(descending=True).values if done else rest.new_zeros(0)
 
 
@@ -68,7 +74,7 @@ def smaller_gram(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def spectral_norm(matrix: torch.Tensor, *, tol: float = 1e-6, steps: int = 200, seed: int = 0) -> float:
-    """||M||_2 of an (m, n) matrix by Golub-Kahan-Lanczos, in the matrix's dtype (fp32 or fp64).
+    """||M||_2 of an (m, n) matrix by Golub-Kahan-Lanczos, in fp64 for fp64 and otherwise in fp32.
 
     Stops where the residual of the leading singular pair is below tol times the value; the value's own error is of the
     residual's square over the gap to the next one, at most the residual.  Every vector is orthogonalised against all
@@ -79,6 +85,7 @@ def spectral_norm(matrix: torch.Tensor, *, tol: float = 1e-6, steps: int = 200, 
         raise ValueError(f"matrix: two dimensions are needed; got {tuple(matrix.shape)}")
     if matrix.numel() == 0:
         return 0.0
+    matrix = matrix.to(working(matrix.dtype))
     steps = min(steps, *matrix.shape)
     tol = max(tol, 32 * torch.finfo(matrix.dtype).eps)
     generator = torch.Generator().manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -11,8 +12,8 @@ from ...paths.blend import working
 from .spectrum import clusters, fluctuation, gram_values, gram_vectors, spectral_norm
 
 GROUPS = ("drift", "spectrum", "profiles", "subspace")
-#: Elements of a block of rows in fp64; two are held.
-_BLOCK = 1 << 20
+#: Elements of a block of rows in fp64; four are held while one follows another.
+_BLOCK = 1 << 19
 
 
 def weight_geometry(
@@ -59,7 +60,7 @@ def weight_geometry(
         and the mean principal angle, in degrees, between the spans of the first ``directions`` vectors (and the rest
         of the last one's cluster).  Arrays: ``sva_right_profile`` and so on, ``cluster``.
 
-    Memory: the two tensors as they are stored, two blocks of 8 MiB (or of one row) in fp64, and a handful of (r, r)
+    Memory: the two tensors as they are stored, four blocks of 4 MiB (or of one row) in fp64, and a dozen (r, r)
     matrices in fp64; above ``exact_below`` the two tensors and dW in fp32.
 
     ValueError where a matrix is on one side only, shapes differ, a dtype is not one of floating point, a value is not
@@ -120,7 +121,8 @@ def matrices(before: Tensors, after: Tensors, names: Iterable[str] | None = None
 
 def _own(tensors: Tensors) -> dict[str, None]:
     """Names of the matrices of floating point, without further names of the same memory."""
-    seen, out = set(), {}
+    seen: set = set()
+    out: dict[str, None] = {}
     memory = getattr(tensors, "tensors", {})
     for name in tensors:
         if len(tensors.shape(name)) != 2 or not tensors.dtype(name).is_floating_point:
@@ -137,8 +139,9 @@ def read_pair(before: Tensors, after: Tensors, name: str) -> tuple[torch.Tensor,
     """A matrix of both models.  ValueError where shapes differ or the dtype is not one of floating point."""
     if before.shape(name) != after.shape(name):
         raise ValueError(f"{name}: shape {before.shape(name)} before training, {after.shape(name)} after")
-    working(before.dtype(name))
-    working(after.dtype(name))
+    for tensors in (before, after):
+        if not tensors.dtype(name).is_floating_point or tensors.dtype(name).itemsize < 2:
+            raise ValueError(f"{name}: dtype {tensors.dtype(name)} is not one that arithmetic is done in")
     return before.tensor(name), after.tensor(name)
 
 
@@ -149,7 +152,8 @@ def tall(a: torch.Tensor, b: torch.Tensor, device) -> Iterator[tuple[torch.Tenso
         a, b = a.T, b.T
     step = max(1, _BLOCK // max(1, a.shape[1]))
     for start in range(0, a.shape[0], step):
-        yield tuple(x[start : start + step].to(device, torch.float64, copy=True) for x in (a, b))
+        x, y = (z[start : start + step].to(device, torch.float64, copy=True) for z in (a, b))
+        yield x, y
 
 
 def _exact(name, a, b, groups, arrays, window, gap, directions, device) -> dict:
@@ -170,7 +174,7 @@ def _exact(name, a, b, groups, arrays, window, gap, directions, device) -> dict:
     del a, b
     moved = float(drift.trace())
     _finite(name, moved, length)
-    out = _drift(moved, length) if "drift" in groups else {}
+    out: dict[str, Any] = _drift(moved, length) if "drift" in groups else {}
     if "spectrum" in groups:
         values = gram_values(drift)
         largest = float(values[0]) if size else 0.0
@@ -217,7 +221,7 @@ def _estimated(name, a, b, groups, probes, seed, device) -> dict:
         length += float(start.square().sum())
         moved += float(start.sub_(y.to(device, torch.float64)).square_().sum())
     _finite(name, moved, length)
-    out = _drift(moved, length) if "drift" in groups else {}
+    out: dict[str, Any] = _drift(moved, length) if "drift" in groups else {}
     if not {"spectrum", "profiles"} & set(groups):
         return out
     # exact from here on in the wider dtype; for fp32 tensors in post's own memory
@@ -273,7 +277,7 @@ def _subspace(side: str, cosines: torch.Tensor, cluster: torch.Tensor, direction
     count = min(directions, rank)
     count = int((cluster <= cluster[count - 1]).sum())
     angles = torch.linalg.svdvals(cosines[:count, :count]).clamp(0, 1).arccos().rad2deg()
-    out = {
+    out: dict[str, Any] = {
         f"sva_{side}": float(alone.mean()), f"overlap_{side}": float(together.mean()),
         f"angle_{side}": float(angles.max()), f"angle_{side}_mean": float(angles.mean()),
     }  # fmt: skip
