@@ -80,13 +80,18 @@ def train(config: Config, run: Run, model, tokenizer, rows: list[dict], folder: 
 
 
 class AllocateRanks(TrainerCallback):
-    """AdaLoRA's turn in each step, which no Trainer gives it, and its importance scores in every checkpoint."""
+    """AdaLoRA's turn in each step, which no Trainer gives it, and its importance scores in every checkpoint.
+
+    Between steps the ranks are kept from the config: with them HF PEFT would save factors cut to those ranks, which do
+    not load into the model that goes on.
+    """
 
     FILE = "adalora.pt"
     _STATE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.ranks: dict | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         saved = self.folder / f"checkpoint-{state.global_step}" / self.FILE
@@ -94,15 +99,18 @@ class AllocateRanks(TrainerCallback):
             found = torch.load(saved, weights_only=True)
             for name in self._STATE:
                 setattr(model.base_model.rankallocator, name, found[name])
-            model.peft_config["default"].rank_pattern = found["ranks"]
+            self.ranks = found["ranks"]
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        config = model.peft_config["default"]
+        config.rank_pattern = self.ranks
         model.base_model.update_and_allocate(state.global_step + 1)
+        self.ranks, config.rank_pattern = config.rank_pattern, None
 
     def on_save(self, args, state, control, model=None, **kwargs) -> None:
         allocator: Any = model.base_model.rankallocator
         content = {name: getattr(allocator, name) for name in self._STATE}
-        content["ranks"] = model.peft_config["default"].rank_pattern
+        content["ranks"] = self.ranks
         torch.save(content, self.folder / f"checkpoint-{state.global_step}" / self.FILE)
 
 

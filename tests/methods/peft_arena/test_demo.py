@@ -18,15 +18,15 @@ def test_toy(tmp_path, monkeypatch, capsys):
         made = small(options)
         suites = {a: {n: {**s, "size": 8} for n, s in made[a].items()} for a in ("target", "retention")}
         return demo.make_config({**made.values, **suites, "lr": None, "methods": [
-            {"method": "oft", "label": "oft", "lr": [1e-3, 1e-2]}], "rewind": {"grid": [0.5]}})  # fmt: skip
+            {"method": "oft", "label": "oft", "lr": 1e-2}], "rewind": {"grid": [0.5]}})  # fmt: skip
 
     monkeypatch.setattr(demo, "toy_config", smaller)
-    flags = ["--seeds", "2", "--steps", "4", "--pretrain-steps", "5", "--output", str(tmp_path / "demo")]
+    flags = ["--seeds", "1", "--steps", "4", "--pretrain-steps", "5", "--output", str(tmp_path / "demo")]
     assert main(["demo", "peft-arena", *flags]) == 0
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert results["summary"]["runs"] == 2 * 3 and (tmp_path / "demo" / "curves.png").stat().st_size > 10_000
+    assert results["summary"]["runs"] == 2 and (tmp_path / "demo" / "curves.png").stat().st_size > 10_000
     assert "### Rewinding" in capsys.readouterr().out
-    assert (tmp_path / "demo" / "base-1" / "model.safetensors").is_file()
+    assert (tmp_path / "demo" / "base-0" / "model.safetensors").is_file()
 
 
 def test_smollm2s_arena():
