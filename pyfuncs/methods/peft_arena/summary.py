@@ -157,8 +157,9 @@ def _rewinding(runs: Sequence[dict]) -> list[dict[str, Any]]:
         full = {r["run"]["seed"]: r for r in group if not r["run"]["control"] and r["run"]["rate"] == top}
         controls = _grouped([r for r in group if r["run"]["control"]], lambda r: r["run"]["control"])
         # a lower rate of the grid is a control too
-        lower = [r for r in group if not r["run"]["control"] and r["run"]["rate"] < top]
-        controls |= _grouped(lower, lambda r: f"lr {r['run']['rate']:g}")
+        for rate in sorted({r["run"]["rate"] for r in group if not r["run"]["control"]} - {top}):
+            less = [r for r in group if not r["run"]["control"] and r["run"]["rate"] == rate]
+            controls.setdefault(f"lr x {rate / top:.1g}", less)
         for name in sorted({n for r in full.values() for n in r["paths"]}):
             paths = {seed: r["paths"][name] for seed, r in full.items() if name in r["paths"]}
             found = {

@@ -79,7 +79,7 @@ def test_rewinding_against_its_controls():
     # the path at target 0.5: halfway between 0.88 and 0.6; the control 0.7
     assert r["against"]["5 steps"]["mean"] == pytest.approx(0.74 - 0.7)
     # the lower rate: seed 0 at 0.4: 0.88 - 0.8, seed 1 at 0.5: 0.74 - 0.8
-    assert r["against"]["lr 0.001"]["mean"] == pytest.approx((0.08 - 0.06) / 2)
+    assert r["against"]["lr x 0.1"]["mean"] == pytest.approx((0.08 - 0.06) / 2)
     assert r["chosen"]["target"]["mean"] == 0.5 and r["chosen"]["alpha"]["mean"] == 0.5
     assert [p["target"] for p in r["curve"]] == pytest.approx([0.2, 0.4, 0.6])
 
