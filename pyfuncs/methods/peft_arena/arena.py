@@ -14,6 +14,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -111,7 +112,8 @@ class Arena:
         return True
 
     def one(self, run: Run, progress: str = "") -> dict[str, Any]:
-        """Train, score, rewind, measure and write one run; returns what is written."""
+        """Train, score, rewind, measure and write one run; returns what is written.  Of one whose weights are no longer
+        finite that is all that is kept."""
         from . import train
 
         started = time.perf_counter()
@@ -121,6 +123,8 @@ class Arena:
         rows = self._rows(tokenizer)
         trained = train.train(self.config, run, copy.deepcopy(work), tokenizer, rows, folder)
         adapter, post = _merge(trained.model, run)
+        if not all(bool(x.isfinite().all()) for x in post.values()):
+            return self._write(run, {"run": run.settings(), "diverged": True}, f"{progress} {run.name}: diverged")
         if self.config["keep"]:
             self._keep(run, trained.model, adapter, work, post)
         pre = snapshot(work)
@@ -131,15 +135,19 @@ class Arena:
             "seconds": time.perf_counter() - started,
             "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
         }  # fmt: skip
-        self.path(run).parent.mkdir(exist_ok=True)
-        write_json(self.path(run), result)
-        train.clear(folder)
         before, after = base["test"], result["final"]["test"]
-        note(
+        return self._write(
+            run, result,
             f"{progress} {run.name}{f' ({run.control})' if run.control else ''}: target {before['target']:.3f} -> "
             f"{after['target']:.3f}, retention {before['retention']:.3f} -> {after['retention']:.3f}, "
-            f"{result['seconds']:.0f} s"
-        )
+            f"{result['seconds']:.0f} s",
+        )  # fmt: skip
+
+    def _write(self, run: Run, result: dict[str, Any], text: str) -> dict[str, Any]:
+        self.path(run).parent.mkdir(exist_ok=True)
+        write_json(self.path(run), result)
+        shutil.rmtree(self.output / "training" / run.name, ignore_errors=True)
+        note(text)
         return result
 
     def scores(self, model, tokenizer, split: str) -> tuple[dict[str, float], dict[str, float]]:

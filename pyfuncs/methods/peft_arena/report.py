@@ -115,10 +115,11 @@ def tables(summary: Summary) -> Iterator[Table]:
 
 def _opening(summary: Summary) -> str:
     seeds = len(summary["seeds"])
+    lost = f" Diverged, and left out: {'; '.join(summary['diverged'])}." if summary["diverged"] else ""
     return (
         f"{summary['runs']} runs, {seeds} seed{'s' if seeds != 1 else ''}. "
         f"Suites: {', '.join(summary['suites'])}. Before: target {_cell(summary['base']['target'])}, "
-        f"retention {_cell(summary['base']['retention'])}."
+        f"retention {_cell(summary['base']['retention'])}.{lost}"
     )
 
 

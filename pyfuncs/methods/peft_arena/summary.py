@@ -55,10 +55,13 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
     rewinding: each method and path at its highest rate: the final model, and the point chosen on held-out suites,
         tested; against each control, the retention of the path less the control's at the control's own target, on
         held-out suites, in which nothing is chosen.
+    diverged: runs whose weights are no longer finite; they count nowhere else.
     correlations: of each metric with forgetting and with target over all runs: Pearson, Spearman, runs.
 
     ValueError where no run but controls is finished.
     """
+    diverged = [r["run"] for r in runs if r.get("diverged")]
+    runs = [r for r in runs if not r.get("diverged")]
     by = _grouped(runs, lambda r: (r["run"]["label"], r["run"]["rate"], r["run"]["steps"], r["run"]["control"]))
     rows = [_row(key, group) for key, group in by.items()]
     rows.sort(key=lambda r: (r["label"], r["control"], r["rate"]))
@@ -83,6 +86,7 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
         "rewinding": _rewinding([r for r in runs if r["run"]["label"] in methods]),
         "correlations": _correlations(runs),
         "runs": len(runs),
+        "diverged": [f"{r['label']} {r['rate']:g}, seed {r['seed']}" for r in diverged],
     }
 
 

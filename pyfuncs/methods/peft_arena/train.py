@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +111,3 @@ class AllocateRanks(TrainerCallback):
         content = {name: getattr(allocator, name) for name in self._STATE}
         content["ranks"] = self.ranks
         torch.save(content, self.folder / f"checkpoint-{state.global_step}" / self.FILE)
-
-
-def clear(folder: Path) -> None:
-    """Remove a training's checkpoints, its run being written."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -203,6 +203,14 @@ def test_an_arena_may_grow_and_not_change(model, tmp_path):
         Arena(make_config(arenas.values(model, tmp_path / "full")))
 
 
+def test_a_run_that_diverges_is_said_and_left_out(model, tmp_path, capsys):
+    values = arenas.values(model, tmp_path / "out", methods=[{"method": "full", "lr": [1e-3, 1e30]}])
+    Arena(make_config(values)).run()
+    assert "Diverged, and left out: full 1e+30, seed 0." in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["runs"] == 1
+    assert not list((tmp_path / "out" / "training").glob("*"))
+
+
 def test_what_is_kept_loads_as_the_trained_model(model, tmp_path):
     import peft
     from transformers import AutoModelForCausalLM
