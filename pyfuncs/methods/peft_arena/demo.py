@@ -83,7 +83,7 @@ def run(options: PeftArenaDemoOptions) -> dict:
     found = summary.summarise(runs, config["forgetting"])
     results = {
         "options": asdict(options), "summary": found,
-        "seconds": sum(r["seconds"] for r in runs), "seconds_now": time.perf_counter() - started,
+        "seconds": sum(r.get("seconds", 0.0) for r in runs), "seconds_now": time.perf_counter() - started,
     }  # fmt: skip
     publish(results, out, markdown, lambda r, file: plot.plot(r["summary"], file))
     return results
