@@ -701,6 +701,12 @@ def _from_results(name: str, module: str, function: str):
 
 
 PARTS = {
+    "demo peft-arena": (
+        "docs/peft_arena.md", _from_results("demo_peft_arena", "burnish.methods.peft_arena.demo", "markdown"),
+    ),
+    "demo peft-arena smollm2": (
+        "docs/peft_arena.md", _from_results("demo_peft_arena_smollm2", "burnish.methods.peft_arena.demo", "markdown"),
+    ),
     "demo axpo": ("docs/axpo.md", _from_results("demo_axpo", "burnish.methods.axpo.demo", "markdown")),
     "axpo run": ("docs/axpo.md", _from_results("axpo_run", "axpo_run", "markdown")),
     "demo q0": ("docs/q0.md", _from_results("demo_q0", "burnish.methods.q0.demo", "table")),

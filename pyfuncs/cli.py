@@ -1,5 +1,5 @@
 """The command line: ``burnish sft``, ``drift``, ``axpo``, ``ra-rft``, ``q0``, ``chunkft``, ``tokens``, ``qk-restore``,
-``demo``, ``objectives``, ``doctor``.
+``peft-arena``, ``demo``, ``objectives``, ``doctor``.
 
 Bad input ends with one line on stderr, ``burnish: error: ...``, and exit code 2.  Subcommands import what
 they need when they run.
@@ -22,6 +22,7 @@ from .methods.demo_options import DemoOptions, RecallDemoOptions
 from .methods.drift import options as drift_options
 from .methods.drift.demo_options import DriftDemoOptions
 from .methods.options import add_flags, assignments, given_flags
+from .methods.peft_arena.demo_options import PeftArenaDemoOptions
 from .methods.processes import leave_it_to_the_first, speaks
 from .methods.q0 import options as q0_options
 from .methods.q0.demo_options import Q0DemoOptions
@@ -117,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     tokens = commands.add_parser("tokens", help="token selection for visual geometry transformers")
     _add_tokens(tokens.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser))
     _add_qk_restore(commands)
+    _add_peft_arena(commands)
     demo = commands.add_parser("demo", help="a method at work on this machine, nothing fetched")
     names = demo.add_subparsers(dest="name", required=True, metavar="NAME", parser_class=_Parser)
     one = names.add_parser("sft", help="SmolLM2-135M learns a task by SFT and by Target-SFT", description=_demo.__doc__)
@@ -130,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     recall = names.add_parser("qk-restore", help=about, description=_demo_qk_restore.__doc__)
     _add_fields(recall, RecallDemoOptions)
     recall.set_defaults(run=_demo_qk_restore)
+    arena = names.add_parser(
+        "peft-arena", help="fine-tuning methods by what they learn and forget", description=_demo_peft_arena.__doc__
+    )
+    _add_fields(arena, PeftArenaDemoOptions)
+    arena.set_defaults(run=_demo_peft_arena)
     commands.add_parser("objectives", help="list the objectives").set_defaults(run=_objectives)
     commands.add_parser("doctor", help="what is installed, and which backend serves each op").set_defaults(run=_doctor)
     return parser
@@ -198,6 +205,20 @@ def _add_qk_restore(commands) -> None:
     one.add_argument("--query-gate", choices=("per_head", "stacked"), help=about)
     one.add_argument("--stack", metavar="PREFIX", help="decoder layers, where several stacks have as many")
     one.set_defaults(run=_qk_restore)
+
+
+def _add_peft_arena(commands) -> None:
+    about = "fine-tuning methods compared by what they learn and what they forget"
+    arena = commands.add_parser("peft-arena", help=about, description=_peft_arena.__doc__)
+    actions = arena.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    for action, about in (
+        ("run", "train and score every run that is missing, and report"),
+        ("report", "report the runs that are there"),
+        ("budgets", "what each method trains; no weights are read"),
+    ):
+        one = actions.add_parser(action, help=about, description=_peft_arena.__doc__)
+        one.add_argument("config", metavar="CONFIG.yaml", help="the arena's file")
+        one.set_defaults(run=_peft_arena)
 
 
 def _sft(arguments: argparse.Namespace):
@@ -291,6 +312,19 @@ def _qk_restore(arguments: argparse.Namespace) -> None:
     print(run(arguments))
 
 
+def _peft_arena(arguments: argparse.Namespace):
+    """Compare fine-tuning methods (PEFT-Arena, arXiv 2605.28819) on one file's model, data and suites: every method at
+    every rate and seed, rewound along its path.  What is done is not run again."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers)\b")
+    try:
+        from .methods.peft_arena import command
+
+        done = getattr(command, arguments.action)(arguments.config)
+    except ImportError as error:
+        raise ValueError(f"burnish peft-arena needs its packages: pip install 'burnish[demo]' ({error})") from error
+    return done if callable(done) else print(done)
+
+
 def _demo(arguments: argparse.Namespace):
     """Fine-tune from the same weights by both objectives; accuracy under the task's verifier, loss curves,
     peak memory against the materialised loss, tokens per second."""
@@ -313,6 +347,19 @@ def _demo_qk_restore(arguments: argparse.Namespace):
     except ImportError as error:
         raise ValueError(f"burnish demo needs its packages: pip install 'burnish[demo]' ({error})") from error
     demo.check_output(options)
+    return lambda: demo.run(options)
+
+
+def _demo_peft_arena(arguments: argparse.Namespace):
+    """Full fine-tuning, ChunkFT, LoRA and OFT at several rates on a model that then forgets: target against retention,
+    rewinding beside its controls, metrics.  A run that is there is not made again."""
+    kind = PeftArenaDemoOptions
+    options = kind(**{f.name: getattr(arguments, f.name) for f in fields(kind)}).check()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers)\b")
+    try:
+        from .methods.peft_arena import demo
+    except ImportError as error:
+        raise ValueError(f"burnish demo needs its packages: pip install 'burnish[demo]' ({error})") from error
     return lambda: demo.run(options)
 
 

@@ -1,0 +1,237 @@
+"""The file that describes an arena: model, data, suites, methods, rates, seeds, controls, rewinding.
+
+Everything that can be read without a model is checked here; the runs that it asks for are listed in ``plan``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import options
+from ..options import Option, count, did_you_mean, flag, mapping, nonnegative, text
+from . import techniques
+
+#: Paths that a finished run may be rewound along, by the family of its technique; the first is its own.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "full": ("line",),
+    "lora": ("scale",),
+    "oft": ("generator", "safe", "min", "line"),
+}
+RULES = ("best_target", "furthest", "best_sum")
+#: PEFT-Arena's own training settings, as fields of trl.SFTConfig (warmup_steps below 1 is a share of all steps).
+TRAINING = {
+    "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.01, "warmup_steps": 0.1, "lr_scheduler_type": "cosine",
+    "max_grad_norm": 1.0,
+}  # fmt: skip
+
+
+def _list(read, what: str):
+    def many(value):
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise ValueError
+        return [read(v) for v in values]
+
+    many.what = what  # type: ignore[attr-defined]
+    return many
+
+
+def _positive(value) -> float:
+    number = float(value)
+    if isinstance(value, bool) or not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
+def _raw(value):
+    if not isinstance(value, (dict, list)) or not value:
+        raise ValueError
+    return value
+
+
+_raw.what = "a mapping or a list, not empty"  # type: ignore[attr-defined]
+_rates = _list(_positive, "a number above 0, or a list of such")
+_seeds = _list(options.natural, "a whole number, at least 0, or a list of such")
+
+OPTIONS: dict[str, Option] = {
+    "model": Option(text, None, "directory, hub name or smollm2; {seed} in it stands for a run's seed"),
+    "output": Option(text, None, "directory of the runs and the report"),
+    "data": Option(text, None, "what to train on: FILE.jsonl, reasoning-gym:TASK or MODULE:FUNCTION"),
+    "data_args": Option(mapping, {}, "of a task or a function"),
+    "target": Option(mapping, {}, "suites of what is trained for, by name"),
+    "retention": Option(mapping, {}, "suites of what should stay, by name: General is their mean, and of these only"),
+    "methods": Option(_raw, None, "names, or mappings with method, its arguments, budget, lr, label"),
+    "budget": Option(count, None, "trainable parameters of each method that gives neither a size nor a budget"),
+    "lr": Option(_rates, None, "learning rates of each method that gives none"),
+    "seeds": Option(_seeds, [0, 1, 2], "of data order and initialisation"),
+    "steps": Option(count, None, "optimizer steps of a run"),
+    "controls": Option(mapping, {}, "steps: fewer of them; lr_scale: factors below 1; each at a method's highest rate"),
+    "rewind": Option(mapping, {}, "grid, variants (a list), power"),
+    "rule": Option(mapping, {"best_sum": 1.0}, "how a point is chosen: best_target, furthest or best_sum: NUMBER"),
+    "metrics": Option(mapping, {}, "weights, activations, modules, rows"),
+    "batch_size": Option(count, 8, "rows a micro-batch"),
+    "accumulation": Option(count, 1, "micro-batches an optimizer step"),
+    "max_length": Option(count, 1024, "tokens a row; longer ones are cut"),
+    "eval_batch_size": Option(count, 16, "rows a batch in evaluation"),
+    "save_steps": Option(count, 500, "optimizer steps between checkpoints"),
+    "logging_steps": Option(count, 10, "optimizer steps between logs"),
+    "forgetting": Option(_list(nonnegative, "numbers, at least 0"), [0.01, 0.02, 0.05, 0.1], "limits in the report"),
+    "keep": Option(flag, False, "keep each run's model or adapter"),
+    "training": Option(mapping, TRAINING, "any other trl.SFTConfig field"),
+}
+REQUIRED = ("model", "output", "data", "methods", "steps")
+_METHOD_KEYS = ("method", "label", "budget", "lr")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entrant: a technique with its arguments, or with a budget that sets its size, and its learning rates."""
+
+    label: str
+    technique: str
+    arguments: Mapping[str, Any]
+    rates: tuple[float, ...]
+    budget: int | None
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked arena.  ``values`` has every option of ``OPTIONS``; the rest is read out of them."""
+
+    values: Mapping[str, Any]
+    methods: tuple[Method, ...]
+    grid: tuple[float, ...]
+    variants: tuple[str, ...]
+    power: float
+    rule: tuple[str, float]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def model(self, seed: int) -> str:
+        """The model of a seed's runs."""
+        return self["model"].replace("{seed}", str(seed))
+
+    def paths(self, family: str) -> tuple[str, ...]:
+        """The paths that runs of a technique's family are rewound along."""
+        return tuple(v for v in VARIANTS[family] if v in self.variants)
+
+
+def read_config(path: str) -> Config:
+    """A YAML file's arena.  ValueError, in one line, for anything wrong in it."""
+    return make_config(options.merge(OPTIONS, REQUIRED, {}, path))
+
+
+def make_config(values: Mapping[str, Any]) -> Config:
+    """An arena of options by name; those that are missing have their defaults.  ValueError as ``read_config``."""
+    for name in values:
+        if name not in OPTIONS:
+            raise ValueError(f"unknown option {name!r}{did_you_mean(name, OPTIONS)}")
+    given = {name: values.get(name, option.default) for name, option in OPTIONS.items()}
+    for name in REQUIRED:
+        if given[name] is None:
+            raise ValueError(f"{name} is required")
+    given["training"] = {**TRAINING, **given["training"]}
+    rewind = {"grid": [i / 10 for i in range(11)], "variants": None, "power": 0.5, **given["rewind"]}
+    _known("rewind", rewind, ("grid", "variants", "power"))
+    grid = _numbers("rewind: grid", rewind["grid"], 0.0, 1.0)
+    every = tuple(dict.fromkeys(v for names in VARIANTS.values() for v in names))
+    variants = every if rewind["variants"] is None else tuple(rewind["variants"])
+    for variant in variants:
+        if variant not in every:
+            raise ValueError(f"rewind: variants are {', '.join(every)}; got {variant!r}")
+    if not (isinstance(rewind["power"], (int, float)) and 0 < rewind["power"] < math.inf):
+        raise ValueError(f"rewind: power must be above 0; got {rewind['power']!r}")
+    _check_controls(given["controls"], given["steps"])
+    _known("metrics", given["metrics"], ("weights", "activations", "modules", "rows"))
+    for axis in ("target", "retention"):
+        if not given[axis]:
+            raise ValueError(f"{axis}: at least one suite is needed")
+    shared = set(given["target"]) & set(given["retention"])
+    if shared:
+        raise ValueError(
+            f"the suite {sorted(shared)[0]!r} is of both target and retention: give each a name of its own"
+        )
+    return Config(
+        given, _methods(given), tuple(sorted({0.0, *grid, 1.0})), variants, float(rewind["power"]),
+        _rule(given["rule"]),
+    )  # fmt: skip
+
+
+def _methods(given: Mapping[str, Any]) -> tuple[Method, ...]:
+    entries = given["methods"]
+    if isinstance(entries, Mapping):
+        entries = [{"label": k, "method": k, **(v or {})} for k, v in entries.items()]
+    out: list[Method] = []
+    for entry in entries:
+        entry = {"method": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
+            raise ValueError(f"methods: a name, or a mapping with 'method', is needed; got {entry!r}")
+        row = techniques.technique(entry["method"])
+        arguments = {k: v for k, v in entry.items() if k not in _METHOD_KEYS}
+        row.arguments(arguments)
+        budget = entry.get("budget", None if row.size in arguments else given["budget"])
+        if budget is not None:
+            if row.size is None:
+                if "budget" in entry:
+                    raise ValueError(f"method {row.name}: it has no size that a budget could set")
+                budget = None
+            elif row.size in arguments:
+                raise ValueError(f"method {row.name}: give {row.size} or budget, not both")
+            elif type(budget) is not int or budget < 1:
+                raise ValueError(f"method {row.name}: budget must be a whole number, at least 1; got {budget!r}")
+        rates = entry.get("lr", given["lr"] or [row.rate])
+        try:
+            rates = tuple(sorted(set(_rates(rates))))
+        except (TypeError, ValueError):
+            raise ValueError(f"method {row.name}: lr must be {_rates.what}; got {rates!r}") from None
+        label = entry.get("label", _label(row, arguments))
+        if not isinstance(label, str) or not label or any(c in label for c in "/\\ "):
+            raise ValueError(f"method {row.name}: label must be a word that a file can have; got {label!r}")
+        if any(m.label == label for m in out):
+            raise ValueError(f"methods: two are called {label!r}; give one a label")
+        out.append(Method(label, row.name, arguments, rates, budget))
+    return tuple(out)
+
+
+def _label(row: techniques.Technique, arguments: Mapping[str, Any]) -> str:
+    size = arguments.get(row.size) if row.size else None
+    return row.name if size is None else f"{row.name}-{'r' if row.size == 'r' else 'b'}{size}"
+
+
+def _check_controls(controls: Mapping[str, Any], steps: int) -> None:
+    _known("controls", controls, ("steps", "lr_scale"))
+    for fewer in controls.get("steps", []):
+        if type(fewer) is not int or not 0 < fewer < steps:
+            raise ValueError(f"controls: steps must be whole numbers below {steps}; got {fewer!r}")
+    _numbers("controls: lr_scale", controls.get("lr_scale", [0.5]), 0.0, 1.0, ends=False)
+
+
+def _known(where: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in given:
+        if name not in names:
+            raise ValueError(f"{where} has {', '.join(names)}; got {name!r}")
+
+
+def _numbers(where: str, values, low: float, high: float, ends: bool = True) -> list[float]:
+    good = isinstance(values, list) and values
+    for v in values if good else ():
+        number = isinstance(v, (int, float)) and not isinstance(v, bool)
+        good = good and number and (low <= v <= high if ends else low < v < high)
+    if not good:
+        kind = f"in [{low:g}, {high:g}]" if ends else f"between {low:g} and {high:g}"
+        raise ValueError(f"{where} must be a list of numbers {kind}; got {values!r}")
+    return [float(v) for v in values]
+
+
+def _rule(rule: Mapping[str, Any]) -> tuple[str, float]:
+    rule = dict(rule)
+    if len(rule) > 1:  # merged over the default
+        rule.pop("best_sum")
+    ((name, number),) = rule.items() if len(rule) == 1 else (("", None),)
+    if name not in RULES or not isinstance(number, (int, float)) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"rule must be one of {', '.join(RULES)} with a number, at least 0; got {rule!r}")
+    return name, float(number)

@@ -1,0 +1,6 @@
+"""``arenas`` is importable from here on."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
