@@ -80,8 +80,8 @@ def test_two_tensors_are_held():
 
 def test_a_point_is_read_tensor_by_tensor(state):
     path = Additive(state(0), state(1))
-    point = as_tensors(path.at(0.5))
-    assert point is not path and list(point) == list(path.template)
+    point = path.at(0.5)
+    assert as_tensors(point) is point and list(point) == list(path.template)
     name = "model.norm.weight"
     assert torch.equal(point.tensor(name), path.tensor(name, 0.5)) and name in point and "x" not in point
     assert point.shape(name) == (4,) and point.dtype(name) == torch.float32

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...paths import as_tensors
+from ...paths import Tensors, as_tensors
 from .spectrum import clusters, gram_vectors
 from .weights import matrices, read_pair, tall
 
@@ -48,16 +48,18 @@ def intruder_dimensions(
     if top < 1:
         raise ValueError(f"top must be at least 1; got {top}")
     before, after = as_tensors(pre), as_tensors(post)
-    return {n: _one(n, *read_pair(before, after, n), eps, top, gap, device) for n in matrices(before, after, names)}
+    return {n: _one(n, before, after, eps, top, gap, device) for n in matrices(before, after, names)}
 
 
-def _one(name, a, b, eps, top, gap, device) -> Intruders:
-    size, left_is_wide = min(a.shape), a.shape[0] > a.shape[1]
+def _one(name: str, before: Tensors, after: Tensors, eps, top, gap, device) -> Intruders:
+    a, b = read_pair(before, after, name)
+    size, left_is_wide = min(a.shape), a.shape[0] >= a.shape[1]
     first, second, cross = (torch.zeros(size, size, dtype=torch.float64, device=device) for _ in range(3))
     for x, y in tall(a, b, device):
         first.addmm_(x.T, x)
         second.addmm_(y.T, y)
         cross.addmm_(x.T, y)
+    del a, b
     if not bool(torch.isfinite(first.trace() + second.trace())):
         raise ValueError(f"{name} has values that are not finite")
     s, z = gram_vectors(first)

@@ -69,8 +69,12 @@ def nuclear_norm(matrix: torch.Tensor) -> float:
 
 def smaller_gram(matrix: torch.Tensor) -> torch.Tensor:
     """(r, r) in fp64: M^T M, or M M^T where M is wider than tall."""
-    x = matrix.double()
-    return x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
+    x = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    out = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for rows in x.split(max(1, (1 << 19) // max(1, x.shape[1]))):
+        wide = rows.double()
+        out.addmm_(wide.T, wide)
+    return out
 
 
 def spectral_norm(matrix: torch.Tensor, *, tol: float = 1e-6, steps: int = 200, seed: int = 0) -> float:
@@ -78,8 +82,8 @@ def spectral_norm(matrix: torch.Tensor, *, tol: float = 1e-6, steps: int = 200, 
 
     Stops where the residual of the leading singular pair is below tol times the value; the value's own error is of the
     residual's square over the gap to the next one, at most the residual.  Every vector is orthogonalised against all
-    before it: steps (m + n) numbers are held.  Where it has not converged after ``steps`` the exact value is
-    computed from the smaller Gram matrix instead.
+    before it: steps (m + n) numbers are held beside the matrix.  Where it has not converged after ``steps`` the exact
+    value is computed from the smaller Gram matrix instead.
     """
     if matrix.dim() != 2:
         raise ValueError(f"matrix: two dimensions are needed; got {tuple(matrix.shape)}")
@@ -90,32 +94,31 @@ def spectral_norm(matrix: torch.Tensor, *, tol: float = 1e-6, steps: int = 200, 
     tol = max(tol, 32 * torch.finfo(matrix.dtype).eps)
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64).to(matrix)
-    right = [v / v.norm()]
-    left: list[torch.Tensor] = []
+    left, right = (matrix.new_empty(steps, n) for n in matrix.shape)
+    right[0] = v / v.norm()
     band = torch.zeros(steps, steps, dtype=torch.float64)
     for k in range(steps):
-        u, band[k, k] = _against(matrix @ right[k], left)
+        u, band[k, k] = _against(matrix @ right[k], left[:k])
         if band[k, k] == 0:
             # the start lies in a subspace that M maps onto `left`: what is found so far is all there is
             return float(torch.linalg.matrix_norm(band[: k + 1, : k + 1], 2))
-        left.append(u)
-        w, beta = _against(matrix.T @ u, right)
+        left[k] = u
+        w, beta = _against(matrix.T @ u, right[: k + 1])
         p, values, _ = torch.linalg.svd(band[: k + 1, : k + 1])  # at most (steps, steps)
         if beta * p[k, 0].abs() <= tol * values[0]:
             return float(values[0])
         if k + 1 < steps:
             band[k, k + 1] = beta
-            right.append(w)
+            right[k + 1] = w
     return float(gram_values(smaller_gram(matrix))[0])
 
 
-def _against(x: torch.Tensor, basis: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """(x made orthogonal to the basis, of length 1; its length before), length 0 where nothing but rounding is left."""
+def _against(x: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(x made orthogonal to the rows of the basis, of length 1; its length before), length 0 where nothing but rounding
+    is left."""
     size = float(x.norm())
-    if basis:
-        q = torch.stack(basis)
-        for _ in range(2):
-            x = x - q.T @ (q @ x)
+    for _ in range(2):
+        x = x - basis.T @ (basis @ x)
     length = float(x.norm())
     if length <= 8 * torch.finfo(x.dtype).eps * size or length == 0:
         return torch.zeros_like(x), 0.0

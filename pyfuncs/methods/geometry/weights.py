@@ -61,7 +61,8 @@ def weight_geometry(
         of the last one's cluster).  Arrays: ``sva_right_profile`` and so on, ``cluster``.
 
     Memory: the two tensors as they are stored, four blocks of 4 MiB (or of one row) in fp64, and a dozen (r, r)
-    matrices in fp64; above ``exact_below`` the two tensors and dW in fp32.
+    matrices in fp64; above ``exact_below`` the two tensors in fp32 and 200 vectors of
+    either side.
 
     ValueError where a matrix is on one side only, shapes differ, a dtype is not one of floating point, a value is not
     finite, or an argument is out of range.
@@ -78,11 +79,10 @@ def weight_geometry(
     before, after = as_tensors(pre), as_tensors(post)
     out = {}
     for name in matrices(before, after, names):
-        pair = read_pair(before, after, name)
-        if min(pair[0].shape) <= exact_below and set(groups) != {"drift"}:
-            out[name] = _exact(name, *pair, groups, profiles, window, gap, directions, device)
+        if min(before.shape(name)) <= exact_below and set(groups) != {"drift"}:
+            out[name] = _exact(name, before, after, groups, profiles, window, gap, directions, device)
         else:
-            out[name] = _estimated(name, *pair, groups, probes, seed, device)
+            out[name] = _estimated(name, before, after, groups, probes, seed, device)
     return out
 
 
@@ -156,9 +156,10 @@ def tall(a: torch.Tensor, b: torch.Tensor, device) -> Iterator[tuple[torch.Tenso
         yield x, y
 
 
-def _exact(name, a, b, groups, arrays, window, gap, directions, device) -> dict:
+def _exact(name: str, before: Tensors, after: Tensors, groups, arrays, window, gap, directions, device) -> dict:
     """Everything from three (r, r) matrices of T, the matrix or its transpose, whichever is tall: T^T T, dT^T dT and
     T^T dT."""
+    a, b = read_pair(before, after, name)
     size, right_is_narrow = min(a.shape), a.shape[0] >= a.shape[1]
     directed = bool({"profiles", "subspace"} & set(groups))
     gram, drift, cross = (torch.zeros(size, size, dtype=torch.float64, device=device) for _ in range(3))
@@ -197,8 +198,7 @@ def _exact(name, a, b, groups, arrays, window, gap, directions, device) -> dict:
         if arrays:
             out |= {"singular_values": s.cpu(), "retention": retention.cpu(), "adaptation": adaptation.cpu()}
     if "subspace" in groups:
-        after = gram + cross + cross.T + drift
-        values, vectors = gram_vectors(after)
+        values, vectors = gram_vectors(gram + cross + cross.T + drift)
         rank = min(rank, int((values > 0).sum()))
         s, z, t, w = s[:rank], z[:, :rank], values[:rank], vectors[:, :rank]
         narrow = z.T @ w
@@ -212,8 +212,9 @@ def _exact(name, a, b, groups, arrays, window, gap, directions, device) -> dict:
     return out
 
 
-def _estimated(name, a, b, groups, probes, seed, device) -> dict:
+def _estimated(name: str, before: Tensors, after: Tensors, groups, probes, seed, device) -> dict:
     """What a matrix too large for an eigenproblem has: norms, Lanczos, and Hutchinson's estimate."""
+    a, b = read_pair(before, after, name)
     dtype = torch.promote_types(working(a.dtype), working(b.dtype))
     moved = length = 0.0
     for x, y in zip(*(z.split(max(1, _BLOCK // z.shape[1])) for z in (a, b)), strict=True):
@@ -234,8 +235,10 @@ def _estimated(name, a, b, groups, probes, seed, device) -> dict:
     if "profiles" in groups:
         # E ||dW W^T z||^2 = ||dW W^T||_F^2 = sum s_i^2 E_i^2 over vectors z of signs
         generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, (w.shape[0], probes), generator=generator).mul_(2).sub_(1).to(w)
-        found = (delta @ (w.T @ signs)).double().square().sum(0)
+        found = torch.empty(probes, dtype=torch.float64)
+        for i in range(probes):
+            signs = torch.randint(0, 2, (w.shape[0],), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+            found[i] = (delta @ (w.T @ signs.to(w))).double().square().sum()
         scale = w.shape[1] / (length * moved) if moved > 0 and length > 0 else 0.0
         out["input_alignment"] = scale * float(found.mean())
         out["input_alignment_error"] = scale * float(found.std()) / probes**0.5

@@ -213,7 +213,7 @@ def test_memory_is_two_tensors_blocks_and_small_squares(tmp_path):
     assert live.peak <= two + 4 * block
     with LiveBytes() as live:
         weight_geometry(tmp_path / "a", tmp_path / "b", exact_below=0)
-    assert live.peak <= 1.5 * two + 4 * block
+    assert live.peak <= max(two + 4 * block, two + 4 * 64 * (shape[0] + r) + block)  # and Lanczos' vectors
 
 
 def test_empty_matrices_and_imports():
@@ -259,7 +259,7 @@ def test_which_matrices():
     ("change", "match"),
     [
         ({"names": ["x"]}, "names: x is not in the model before"),
-        ({"names": ["v"]}, r"names: v is no matrix: its shape is \(3,\)"),
+        ({"names": ["v"], "post": {"v": torch.zeros(3)}}, r"names: v is no matrix: its shape is \(3,\)"),
         ({"groups": ["drif"]}, "groups: 'drif' is none of drift, spectrum"),
         ({"window": 4}, "window must be odd"),
         ({"gap": 1.0}, r"gap must lie in \[0, 1\)"),
