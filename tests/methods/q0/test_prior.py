@@ -116,21 +116,16 @@ def test_adamws_floor_of_1e_minus_12_has_no_gradient():
     log_probs = members(4, 30)
     log_probs[:, :6] -= 40
     alpha = (1e-4 * torch.randn(4, generator=torch.Generator().manual_seed(0))).double().requires_grad_()
-    loss = -(alpha.softmax(0) @ log_probs.exp()).clamp(min=1e-12).log().mean()
-    (g,) = torch.autograd.grad(loss, alpha)
-    data = prior._Data(log_probs)
-    point = data.at(alpha.detach().softmax(0), floor=1e-12)
-    assert point.f == pytest.approx(loss.item(), abs=1e-12)
-    found = learn_prior(log_probs, "adamw", max_steps=1)
     optimizer = torch.optim.AdamW([alpha], lr=0.5, weight_decay=0.0)
-    alpha.grad = g
-    optimizer.step()
+    losses = []
+    for _ in range(5):
+        loss = -(alpha.softmax(0) @ log_probs.exp()).clamp(min=1e-12).log().mean()
+        (alpha.grad,) = torch.autograd.grad(loss, alpha)
+        losses.append(loss.item())
+        optimizer.step()
+    found = learn_prior(log_probs, "adamw", max_steps=5)
     assert torch.allclose(found.weights, alpha.detach().softmax(0), atol=1e-9)
-    w = alpha.detach().softmax(0)
-    point = data.at(w, floor=1e-12)
-    wanted = w.clone().requires_grad_()
-    (dw,) = torch.autograd.grad(-(wanted @ log_probs.exp()).clamp(min=1e-12).log().mean(), wanted)
-    assert torch.allclose(-point.g, dw, atol=1e-12)
+    assert found.losses == pytest.approx(losses, abs=1e-12)
 
 
 def test_the_quadratic_model_is_minimised_exactly():
