@@ -58,8 +58,12 @@ bench-policy: $(VENV)/.peers  ## policy losses, MaxSim, and the three methods wi
 	$(BIN)/python benchmarks/ra_rft.py
 	$(BIN)/python benchmarks/docs.py
 
-bench-post: $(VENV)/.installed  ## methods that act on whole checkpoints, and a real model's diagnostics
+bench-post: $(VENV)/.peers  ## methods that act on whole checkpoints, and a real model's diagnostics
 	$(BIN)/python benchmarks/post.py
+	$(BIN)/python benchmarks/post.py chain
+	$(BIN)/python benchmarks/post.py prior
+	$(BIN)/python benchmarks/oft.py
+	$(BIN)/python benchmarks/geometry.py
 	$(BIN)/python benchmarks/needle.py
 	$(BIN)/python benchmarks/docs.py
 
