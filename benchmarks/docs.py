@@ -246,7 +246,8 @@ def _side_by_side(name: str) -> str:
         f"CPU ({r['capability']}{' and AMX' if 'amx' in name else ''}), {r['threads']} threads, "
         f"{_libraries(r['versions'])} (`benchmarks/results/{name}.json`; `benchmarks/linear_loss.py` says how). A "
         "cell: median time over the bare GEMMs of the same order, extra peak memory of the process, larger relative "
-        "error of dX and dW against fp64. [n]: at n rows, where all would take too long. Of several forms of a column, the fastest.",
+        "error of dX and dW against fp64. [n]: at n rows, where all would take too long. Of several forms of a column, "
+        "the fastest.",
     ]
     used = [name for name, ways in COLUMNS.items() if any(_way_cell(cell, ways) for cell in r["cells"])]
     for shape in dict.fromkeys((c["n"], c["h"], c["v"]) for c in r["cells"]):
