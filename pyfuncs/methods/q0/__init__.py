@@ -10,7 +10,7 @@ from ..lazy import lazy
 
 _HOMES = {
     "CycleScheduler": "schedule", "batch_sizes": "schedule", "lr_mult": "schedule", "wd_mult": "schedule",
-    "perturb": "perturb", "perturbation_scale": "perturb", "MuonAdamW": "optimizers",
+    "perturb": "perturbation", "perturbation_scale": "perturbation", "MuonAdamW": "optimizers",
     "log_probs_of": "snapshots", "token_log_probs": "snapshots",
     "HyperEpochConfig": "config", "HyperEpochTrainer": "trainer",
     "Ensemble": "ensemble", "data_efficiency": "efficiency", "equivalent_tokens": "efficiency",

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .perturb import perturbation_scale
+from .perturbation import perturbation_scale
 from .schedule import batch_sizes, wd_mult
 
 #: Of TrainingArguments: what the cycles decide, and how to say it instead.

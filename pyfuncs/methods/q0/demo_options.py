@@ -12,7 +12,7 @@ class Q0DemoOptions:
     confidence intervals and a plot.  What is finished in ``output`` is not run again."""
 
     seeds: int = 3
-    epochs: int = 48
+    epochs: int = 32
     epochs_per_cycle: int = 2
     distill_after: int = 2
     runs: int = 4

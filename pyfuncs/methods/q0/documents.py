@@ -26,7 +26,7 @@ def as_documents(data: Any, name: str) -> list[np.ndarray]:
     for i, row in enumerate(data):
         ids = row["input_ids"] if isinstance(row, dict) else row
         array = np.asarray(ids)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
+        if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
             raise ValueError(f"{name}, document {i}: a list of token ids is needed; got {type(ids).__name__}")
         if len(array):
             out.append(array.astype(np.int32))

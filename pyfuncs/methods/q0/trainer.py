@@ -19,7 +19,7 @@ from . import snapshots
 from .config import HyperEpochConfig
 from .documents import EpochRows, HeldOutRows, Plan, StepBatches, as_documents, split_front
 from .optimizers import MuonAdamW
-from .perturb import perturb
+from .perturbation import perturb
 from .schedule import CycleScheduler, batch_sizes, place
 
 
@@ -175,7 +175,9 @@ class HyperEpochTrainer(Trainer):
         if self.args.should_save:
             snapshots.finish(folder, record)
         self.accelerator.wait_for_everyone()
+        due = self.control.should_log
         self.log({k: v for k, v in record.items() if k.endswith("_nll")})
+        self.control.should_log = due  # logging has answered for the step's loss too
         if cycle + 1 < self.args.cycles:
             self._teach(stored, cycle + 1)
             perturb(model, self.args.perturbation(cycle), self.args.seed * 1_000_003 + cycle)

@@ -48,7 +48,7 @@ def test_a_resumed_one_goes_on_and_groups_stay_shared():
     one.step()
     twin = copy.deepcopy(model)
     other = MuonAdamW(twin, lr=0.5)
-    other.load_state_dict(one.state_dict())
+    other.load_state_dict(copy.deepcopy(one.state_dict()))  # which are views
     assert other.param_groups[0]["lr"] == 0.01
     for optimizer, m in ((one, model), (other, twin)):
         gradients(m, 1)

@@ -48,13 +48,13 @@ def test_what_is_left_alone():
     model = nn.ParameterDict({
         "one": nn.Parameter(torch.tensor([2.0])), "scalar": nn.Parameter(torch.tensor(3.0)),
         "frozen": nn.Parameter(torch.randn(9), requires_grad=False), "constant": nn.Parameter(torch.ones(9)),
-        "half": nn.Parameter(torch.randn(9).bfloat16()),
+        "low": nn.Parameter(torch.randn(9).bfloat16()),
     })  # fmt: skip
     before = copy.deepcopy(model)
     perturb(model, 0.25, seed=0)
     for name in ("one", "scalar", "frozen", "constant"):
         assert torch.equal(model[name], before[name]), name
-    assert model["half"].dtype == torch.bfloat16 and not torch.equal(model["half"], before["half"])
+    assert model["low"].dtype == torch.bfloat16 and not torch.equal(model["low"], before["low"])
     perturb(model, 0.0, seed=0)
     with pytest.raises(ValueError, match="scale must be at least 0; got -1"):
         perturb(model, -1, seed=0)

@@ -53,8 +53,8 @@ def test_every_arm_runs(tmp_path, capsys, monkeypatch):
     results = json.loads((out / "results.json").read_text())
     assert demo.table(results) in capsys.readouterr().out and len(results["seeds"]) == 2
     rows = results["seeds"][0]["rows"]
-    assert list(rows) == [demo.SINGLE, demo.STOPPED, demo.LONG, demo.INDEPENDENT, *demo.ARMS]
-    for name in (demo.LONG, *demo.ARMS):
+    assert list(rows) == [demo.SINGLE, demo.STOPPED, demo.LONG, demo.INDEPENDENT, *demo.ARMS, demo.TUNED]
+    for name in (demo.LONG, *demo.ARMS, demo.TUNED):
         assert len(rows[name]["members"]) == 4 and sum(rows[name]["weights"]) == pytest.approx(1)
     assert len(rows[demo.INDEPENDENT]["members"]) == 4 and (out / "curves.png").is_file()
     # what is finished is not run again, and other options are refused
