@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ...paths import Additive, Scored, Selection, as_tensors, attention, everything, hypervolume, pareto_front
 from ..demo_options import RecallDemoOptions
 from ..demo_results import publish
-from .demo_report import FROZEN, LENGTHS, LOWER, MIXED, OTHER, PRO, REGIMES, plot, table
+from .demo_report import BACK, FROZEN, LENGTHS, LOWER, MIXED, OTHER, PRO, REGIMES, plot, table
 from .drift import drift
 from .options import QKRestoreOptions
 from .probe import DistanceProbe
@@ -167,8 +167,7 @@ def _more(before, after, score, rows: dict, seed: int) -> dict:
     ):  # fmt: skip
         for alpha in (0.1, 0.25, 0.5):
             path.load_into(work, 1 - alpha)
-            name = f"{kind}, {alpha:.0%} of the way back"
-            rows[name] = score(work)
+            rows[f"{kind}, {100 * alpha:.0f}{BACK}"] = score(work)
     for name, row in rows.items():
         if name not in ("before", FROZEN):
             recalled = sum(row[f"recall {n}"] for n in LENGTHS) / len(LENGTHS)

@@ -1,20 +1,21 @@
-"""What ``burnish demo qk-restore`` found, as tables and a plot; imports neither torch nor a trainer."""
+"""What ``burnish demo qk-restore`` found, as tables and a plot; runs no model."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
+from ...paths import Scored, retention_at
 from ..intervals import interval
 
 LENGTHS = (32, 128, 512, 1024)
 LOWER, OTHER, MIXED = "chain, 0.3 of the rate", "chain over other tokens", "chain and 5 % recall"
 REGIMES = ("chain", LOWER, OTHER, MIXED)
-PRO, FROZEN = "QK-Pro", "Q, K frozen in fine-tuning"
+PRO, FROZEN, BACK = "QK-Pro", "Q, K frozen in fine-tuning", "% of the way back"
 #: Drawn, with its colour.
 _DRAWN = {
     "before": "#999999", "after": "#c44e52", "QK-Restore": "#4c72b0", "V and O": "#dd8452", "V, O and MLP": "#937860",
-    "Q, K of linear layers": "#8172b3", "all weights, 25% of the way back": "#55a868",
+    "Q, K of linear layers": "#8172b3", f"all weights, 25{BACK}": "#55a868",
 }  # fmt: skip
 
 
@@ -44,6 +45,14 @@ def _regime(seeds: list[dict], regime: str) -> list[str]:
     return lines
 
 
+def _matched(rows: dict[str, dict[str, float]]) -> float | None:
+    """Recall of QK-Restore less that of all weights part of the way back, where both know the chain as well."""
+    line = [row for name, row in rows.items() if name in ("before", "after") or name.startswith("all weights")]
+    point = rows["QK-Restore"]
+    other = retention_at([Scored(row["chain"], _mean_recall(row)) for row in line], point["chain"])
+    return None if other is None else _mean_recall(point) - other
+
+
 def table(results: dict) -> str:
     """Accuracy of every model in %, mean and 95% interval over seeds, a table of Markdown a regime."""
     o, seeds, c = results["options"], results["seeds"], results["constants"]
@@ -55,6 +64,12 @@ def table(results: dict) -> str:
     ]
     for regime in REGIMES:
         lines += ["", f"Fine-tuned on: {regime}.", "", *_regime(seeds, regime)]
+        if regime == REGIMES[0]:
+            found = [_matched(s["regimes"][regime]["rows"]) for s in seeds]
+            known = [m for m in found if m is not None]
+            if known:
+                lines += ["", f"At QK-Restore's own accuracy on the chain, its recall less that of the line of all "
+                          f"weights: {_cell(known, True)} points ({len(known)} seeds)."]  # fmt: skip
     rows = [s["regimes"][REGIMES[0]]["drift"] for s in seeds]
     lines += ["", f"Relative drift, fine-tuned on the {REGIMES[0]}, in %:", "", "| layer | part | drift | angle |"]
     lines.append("|---|---|---|---|")
@@ -91,17 +106,24 @@ def plot(results: dict, path: Path) -> None:
     left.set(title="recall, %", xscale="log", xlabel="tokens", ylim=(0, 102))
     left.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
     left.minorticks_off()
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 0.97))
+
+    def at(name: str) -> tuple[float, float]:
+        chain = interval([100 * f[name]["chain"] for f in found])[0]
+        return chain, interval([100 * _mean_recall(f[name]) for f in found])[0]
+
+    for kind, color, end in (("all weights", "#55a868", "before"), ("Q, K", "#4c72b0", "QK-Restore")):
+        way = ["after", *(n for n in found[0] if n.startswith(f"{kind}, ") and n.endswith(BACK)), end]
+        middle.plot(*zip(*map(at, way), strict=True), ":", color=color, label=f"{kind}, part of the way back")
     for name in found[0]:
-        x = interval([100 * f[name]["chain"] for f in found])[0]
-        y = interval([100 * _mean_recall(f[name]) for f in found])[0]
-        middle.plot(x, y, "o", color=_DRAWN.get(name, "#bbbbbb"))
-        middle.annotate(name, (x, y), fontsize=6, xytext=(3, 2), textcoords="offset points")
+        middle.plot(*at(name), "o", color=_DRAWN.get(name, "#cccccc"))
     middle.set(title="after fine-tuning on the chain", xlabel="chain, %", ylabel="recall over lengths, %")
+    middle.legend(fontsize=7)
     for when in ("before", "after"):
         runs = [s["distance"][f"chain, {when}"]["g"] for s in seeds]
         mean = [sum(column) / len(column) for column in zip(*runs, strict=True)]
-        right.plot(range(len(mean)), mean, color=_DRAWN[when], label=when)
+        # the last token has no target, so that its score with the first has no gradient
+        right.plot(range(len(mean) - 1), mean[:-1], color=_DRAWN[when], label=when)
     right.set(title="g(tau) on the chain", xlabel="distance, tokens", yscale="log")
     right.legend()
     figure.savefig(path, dpi=110)

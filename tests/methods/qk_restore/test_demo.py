@@ -99,6 +99,17 @@ def test_the_table_pairs_within_seeds():
     assert lines[-1].endswith("| +30.0 ± 0.0 | +10.0 ± 0.0 |") and lines[-1].startswith("| QK-Restore | 85.0 ± 63.5 |")
 
 
+def test_paths_are_compared_at_the_same_chain():
+    def row(chain, recall):
+        return {"chain": chain, "recall 32": recall, "recall 40": recall}
+
+    rows = {"before": row(0, 1), "after": row(1, 0.2), "all weights, 50% of the way back": row(0.8, 0.6)}
+    assert demo_report._matched({**rows, "QK-Restore": row(0.9, 0.5)}) == pytest.approx(0.1)
+    assert demo_report._matched({**rows, "QK-Restore": row(1.0, 0.5)}) == pytest.approx(0.3)
+    del rows["after"]
+    assert demo_report._matched({**rows, "QK-Restore": row(0.9, 0.5)}) is None  # out of the line's reach
+
+
 def test_options():
     for field in dataclasses.fields(RecallDemoOptions):
         if field.name not in ("output", "seed"):
