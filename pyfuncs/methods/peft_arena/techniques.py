@@ -182,10 +182,9 @@ def minor_components(model: nn.Module, adapter: str = "default") -> None:
     """
     from peft.tuners.lora import Linear
 
-    for module in model.modules():
-        if not isinstance(module, Linear) or adapter not in module.lora_A:
-            continue
-        base: Any = module.get_base_layer()
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, Linear) and adapter in m.lora_A]
+    for module in layers:
+        base = module.get_base_layer()
         if base.weight.device.type == "meta":
             continue
         rank, scale = module.r[adapter], module.scaling[adapter]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -90,8 +91,8 @@ def make_tokenizer(name: str, texts: Iterable[str]):
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=EOS)
 
 
-def tokenized(documents: Sequence[str] | Sequence[list[int]], tokenizer, option: str = "data") -> list[np.ndarray]:
-    """Token ids of each document with the tokenizer's end of sequence behind it; ids as they are.
+def tokenized(documents: Sequence[Any], tokenizer, option: str = "data") -> list[np.ndarray]:
+    """Token ids of each document (text or ids) with the tokenizer's end of sequence behind it; ids as they are.
 
     ValueError for ids outside the vocabulary.
     """

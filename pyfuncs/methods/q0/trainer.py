@@ -84,7 +84,8 @@ class HyperEpochTrainer(Trainer):
             documents = as_documents(eval_dataset, "eval_dataset")
             eval_dataset = HeldOutRows(documents, args.seq_length, "eval_dataset")
         if args.softcap is not None:
-            model.config.get_text_config().final_logit_softcapping = args.softcap
+            config: Any = model.config
+            config.get_text_config().final_logit_softcapping = args.softcap
         super().__init__(
             model, args, train_dataset=self.rows, eval_dataset=eval_dataset, data_collator=default_data_collator,
             **options,
@@ -128,11 +129,12 @@ class HyperEpochTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
             args = self.args
-            self.lr_scheduler = CycleScheduler(
-                self.optimizer if optimizer is None else optimizer,
-                self.plan.lengths if args.lr_schedule == "cycles" else [self.plan.ends[-1]],
+            of: Any = self.optimizer if optimizer is None else optimizer
+            schedule: Any = CycleScheduler(
+                of, self.plan.lengths if args.lr_schedule == "cycles" else [self.plan.ends[-1]],
                 lr_floor=args.lr_floor, wd_floor=args.wd_floor, warmup=args.cycle_warmup, warmdown=args.cycle_warmdown,
             )  # fmt: skip
+            self.lr_scheduler = schedule
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -166,7 +168,8 @@ class HyperEpochTrainer(Trainer):
         stored = snapshots.load_frozen(type(model), folder, self.accelerator.device)
         step = self.state.global_step
         record: dict[str, Any] = {"cycle": cycle, "step": step, "epochs": self.plan.epoch_at(step)}
-        for name, rows in (("fitness", self.fitness), ("eval", self.eval_dataset)):
+        held_out: Any = (("fitness", self.fitness), ("eval", self.eval_dataset))
+        for name, rows in held_out:
             if rows is not None:
                 log_probs = self._log_probs(stored, rows)
                 record |= {f"{name}_nll": -float(log_probs.double().mean()), f"{name}_tokens": len(log_probs)}

@@ -79,7 +79,7 @@ def table(results: dict) -> str:
         lines.append(f"| {first['layer']} | {first['part']} | {_cell([r[i]['relative'] for r in rows])} | {angle} |")
     lines += ["", "Mean attention distance, tokens, on recall of 128:", "", "| layer | before | after |"]
     lines.append("|---|---|---|")
-    known = [s["distance"] for s in seeds]
+    known: list[dict] = [s["distance"] for s in seeds]
     for layer in known[0]["recall, before"]["mean_distance"]:
         pair = []
         for when in ("before", "after"):
