@@ -55,7 +55,7 @@ def smollm_config(options: PeftArenaDemoOptions) -> Config:
     """SmolLM2's arena: few steps, short rows, small suites, so that two CPU cores do."""
     from . import smollm
 
-    given = {"model": str(Path(options.output) / "base"), "output": str(Path(options.output) / "arena")}
+    given: dict[str, Any] = {"model": str(Path(options.output) / "base"), "output": str(Path(options.output) / "arena")}
     given |= {"seeds": list(range(options.seeds)), "steps": options.steps or smollm.CONFIG["steps"]}
     return make_config({**smollm.CONFIG, **given})
 

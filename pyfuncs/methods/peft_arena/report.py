@@ -75,8 +75,9 @@ def tables(summary: Summary) -> Iterator[Table]:
     limits = list(next(iter(summary["methods"].values()))["best_target"])
     yield (
         "Over learning rates",
-        f"Hypervolume above (target before, 0); retention where target is {summary['matched']:.3f}, which every method's "
-        "mean reaches (of the seeds that do); target at the rate chosen on held-out suites to forget at most so much.",
+        f"Hypervolume above (target before, 0); retention where target is {summary['matched']:.3f}, which every "
+        "method's mean reaches (of the seeds that do); target at the rate chosen on held-out suites to forget at most so "
+        "much.",
         ["method", "hypervolume", "retention at matched target", *(f"target, forgetting <= {x}" for x in limits)],
         [
             [
