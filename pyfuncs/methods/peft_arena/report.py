@@ -76,8 +76,8 @@ def tables(summary: Summary) -> Iterator[Table]:
     yield (
         "Over learning rates",
         f"Hypervolume above (target before, 0); retention where target is {summary['matched']:.3f}, which every "
-        "method's mean reaches (of the seeds that do); target at the rate chosen on held-out suites to forget at most so "
-        "much.",
+        "method's mean reaches (of the seeds that do); target at the rate chosen on held-out suites to forget at most "
+        "so much.",
         ["method", "hypervolume", "retention at matched target", *(f"target, forgetting <= {x}" for x in limits)],
         [
             [
