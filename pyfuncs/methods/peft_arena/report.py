@@ -58,7 +58,7 @@ def html(summary: Summary, picture: str = "") -> str:
 
 def tables(summary: Summary) -> Iterator[Table]:
     """The report's tables."""
-    base = summary["base"]
+    base, seeds = summary["base"], len(summary["seeds"])
     rows = [["before", "", "", "", _cell(base["target"]), _cell(base["retention"]), "", "", ""]]
     for r in summary["rows"]:
         name = f"{r['label']} {r['rate']:g}"
@@ -75,11 +75,17 @@ def tables(summary: Summary) -> Iterator[Table]:
     limits = list(next(iter(summary["methods"].values()))["best_target"])
     yield (
         "Over learning rates",
-        f"Hypervolume above (target before, 0); retention where target is {summary['matched']:.3f}, which every method "
-        "reaches; target at the rate chosen on held-out suites to forget at most so much.",
+        f"Hypervolume above (target before, 0); retention where target is {summary['matched']:.3f}, which every "
+        "method's mean reaches (of the seeds that do); target at the rate chosen on held-out suites to forget at most "
+        "so much.",
         ["method", "hypervolume", "retention at matched target", *(f"target, forgetting <= {x}" for x in limits)],
         [
-            [label, _cell(m["hypervolume"]), _cell(m["retention_at"]), *(_cell(m["best_target"][x]) for x in limits)]
+            [
+                label,
+                _cell(m["hypervolume"]),
+                _cell(m["retention_at"], seeds=seeds),
+                *(_cell(m["best_target"][x]) for x in limits),
+            ]
             for label, m in summary["methods"].items()
         ],
     )
@@ -90,7 +96,7 @@ def tables(summary: Summary) -> Iterator[Table]:
             f"{r['label']} {r['rate']:g}", r["path"], _cell(r["final"]["target"]), _cell(r["final"]["retention"]),
             f"{r['chosen']['alpha']['mean']:.2f}", f"{r['chosen']['distance']['mean']:.2f}",
             _cell(r["chosen"]["target"]), _cell(r["chosen"]["retention"]),
-            *(_cell(r["against"].get(c), signed=True) for c in controls),
+            *(_cell(r["against"].get(c), signed=True, seeds=seeds) for c in controls),
         ])  # fmt: skip
     if rows:
         yield (
@@ -123,11 +129,13 @@ def _opening(summary: Summary) -> str:
     )
 
 
-def _cell(x: Estimate | None, signed: bool = False) -> str:
+def _cell(x: Estimate | None, signed: bool = False, seeds: int = 0) -> str:
+    """A mean with its interval, and of how many seeds where they are fewer than ``seeds``."""
     if x is None:
         return "-"
     half = "" if x["half"] is None else f" ± {x['half']:.3f}"
-    return (f"{x['mean']:+.3f}" if signed else f"{x['mean']:.3f}") + half
+    few = f" ({x['n']} of {seeds})" if x["n"] < seeds else ""
+    return (f"{x['mean']:+.3f}" if signed else f"{x['mean']:.3f}") + half + few
 
 
 def _number(x: Any) -> str:

@@ -191,8 +191,9 @@ def minor_components(model: nn.Module, adapter: str = "default") -> None:
         u, s, vh = torch.linalg.svd(base.weight.float(), full_matrices=False)
         root = (s[-rank:] / scale).sqrt()
         b, a = u[:, -rank:] * root, root[:, None] * vh[-rank:]
-        module.lora_A[adapter].weight.copy_(a)
-        module.lora_B[adapter].weight.copy_(b)
+        factors: tuple[Any, Any] = module.lora_A[adapter], module.lora_B[adapter]
+        for factor, value in zip(factors, (a, b), strict=True):
+            factor.weight.copy_(value)
         base.weight.copy_(base.weight.float() - scale * (b @ a))
 
 

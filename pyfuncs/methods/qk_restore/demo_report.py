@@ -79,11 +79,11 @@ def table(results: dict) -> str:
         lines.append(f"| {first['layer']} | {first['part']} | {_cell([r[i]['relative'] for r in rows])} | {angle} |")
     lines += ["", "Mean attention distance, tokens, on recall of 128:", "", "| layer | before | after |"]
     lines.append("|---|---|---|")
-    known: list[dict] = [s["distance"] for s in seeds]
-    for layer in known[0]["recall, before"]["mean_distance"]:
+    distances: list[dict] = [s["distance"] for s in seeds]
+    for layer in distances[0]["recall, before"]["mean_distance"]:
         pair = []
         for when in ("before", "after"):
-            mean, half = interval([d[f"recall, {when}"]["mean_distance"][layer] for d in known])
+            mean, half = interval([d[f"recall, {when}"]["mean_distance"][layer] for d in distances])
             pair.append(f"{mean:.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}"))
         lines.append(f"| {layer} | {pair[0]} | {pair[1]} |")
     return "\n".join(lines)

@@ -82,7 +82,7 @@ def test_a_point_is_chosen_on_held_out_scores_and_only_it_is_tested():
         far = travelled(model.state_dict(), pre) / length
         asked.append((split, round(far, 3)))
         # on the tests another point would be best
-        return {"goal": far if split == "held_out" else 1 - far}, {"a": 1 - far**2, "b": 1 - far**2}
+        return {"goal": far if split == "held_out" else 1 - far / 2}, {"a": 1 - far**2, "b": 1 - far**2}
 
     def known(t):
         return {"target": t, "retention": 1 - t * t, "suites": {"goal": t, "a": 1 - t * t, "b": 1 - t * t}}
@@ -93,7 +93,7 @@ def test_a_point_is_chosen_on_held_out_scores_and_only_it_is_tested():
         one, [0.25, 0.5, 0.75], base, scorer, best_target(0.3, 1.0), pre=pre, known=ends, length=length
     )
     assert [p["alpha"] for p in found["points"]] == [0, 0.25, 0.5, 0.75, 1]
-    assert found["chosen"]["alpha"] == 0.5 and found["test"]["target"] == pytest.approx(0.5, abs=1e-3)
+    assert found["chosen"]["alpha"] == 0.5 and found["test"]["target"] == pytest.approx(0.75, abs=1e-3)
     assert asked == [("held_out", 0.25), ("held_out", 0.5), ("held_out", 0.75), ("test", 0.5)]
     assert found["chosen"]["distance"] == pytest.approx(0.5, rel=1e-4)
     assert all(torch.equal(x, start[n]) for n, x in base.state_dict().items())

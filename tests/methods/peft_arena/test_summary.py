@@ -73,6 +73,11 @@ def test_methods_over_rates():
     assert nothing["mean"] == pytest.approx(0.2)  # no rate forgets so little: the base model
 
 
+def test_a_rate_is_chosen_on_held_out_suites():
+    runs = [run("a", 1e-3, 0, both(0.5, 0.8, (0.3, 0.8))), run("a", 1e-2, 0, both(0.4, 0.8, (0.6, 0.8)))]
+    assert summarise(runs, [0.5])["methods"]["a"]["best_target"]["0.5"]["mean"] == pytest.approx(0.3)
+
+
 def test_rewinding_against_its_controls():
     (r,) = summarise(arena())["rewinding"]
     assert (r["label"], r["rate"], r["path"]) == ("a", 1e-2, "line")
@@ -115,6 +120,12 @@ def test_correlation_is_numpys():
     assert spearman([1, 2, 3], [1, 10, 100]) == pytest.approx(1)
     with pytest.raises(ValueError, match="same length; got 1 and 2"):
         pearson([1], [1, 2])
+
+
+def test_seeds_that_do_not_reach_a_target_are_counted():
+    runs = [r for r in arena() if r["run"]["label"] != "b"]
+    s = summarise(runs)  # the best mean is 0.65: seed 0 ends at 0.6
+    assert s["methods"]["a"]["retention_at"]["n"] == 1 and " (1 of 2)" in markdown(s)
 
 
 def test_one_seed_has_no_interval():
