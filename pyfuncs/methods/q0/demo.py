@@ -313,7 +313,8 @@ def plot(results: dict, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained", sharey=True)
     epochs = [o["epochs_per_cycle"] * (c + 1) for c in range(o["epochs"] // o["epochs_per_cycle"])]
     mean = lambda rows: [statistics.fmean(column) for column in zip(*rows, strict=True)]  # noqa: E731
-    for decay, grey in zip(results["decays"], ("0.75", "0.5", "0.25"), strict=True):
+    for number, decay in enumerate(results["decays"]):
+        grey = str(0.8 - 0.6 * number / len(results["decays"]))
         curve = mean([s["ordinary"][str(decay)] for s in seeds])
         left.plot(epochs, curve, color=grey, label=f"ordinary run, decay {decay:g}")
     for name, color in zip(("q0", "q0 without distillation"), ("C0", "C1"), strict=True):

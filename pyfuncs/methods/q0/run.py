@@ -15,8 +15,10 @@ has the bits of one that is not.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,8 +140,6 @@ def _trajectory(run: Run, number: int, folder: Path) -> None:
 
 def _company(run: Run):
     """Where processes have a trajectory each, none knows of the others."""
-    import contextlib
-
     return contextlib.nullcontext() if run.options["spread"] == "data" else alone()
 
 
@@ -173,15 +173,22 @@ def _configuration(options: dict[str, Any], tokenizer):
         "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id, **options["architecture"],
     }  # fmt: skip
-    try:
+    with _refusals():
         config = AutoConfig.for_model(**fields)
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # each architecture has its own way to refuse
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"--architecture: {first}") from error
     if config.get_text_config().vocab_size < len(tokenizer):
         raise ValueError(
             f"--architecture: vocab_size is {config.get_text_config().vocab_size}, the tokenizer has {len(tokenizer)}"
         )
+    with _refusals(), torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
     return config
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Each architecture has its own way to refuse a config: one line of it."""
+    try:
+        yield
+    except Exception as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"--architecture: {first}") from error

@@ -17,7 +17,7 @@ def test_the_three_texts_are_apart():
     names = [*demo.TRAIN, *demo.FITNESS, *demo.VALIDATION]
     assert len(set(names)) == len(names)
     pieces = {name: demo.documents((name,)) for name in names}
-    assert all(len(p) > 3 for p in pieces.values())
+    assert all(len(p) > 1 for p in pieces.values())
     data = demo.texts()
     for kind, own in (("train", demo.TRAIN), ("fitness", demo.FITNESS), ("eval", demo.VALIDATION)):
         assert len(data[kind]) == sum(len(pieces[n]) for n in own)
@@ -47,11 +47,11 @@ def test_every_arm_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "DECAYS", (0.1, 1.0))
     monkeypatch.setattr(demo, "ProcessPoolExecutor", Here)
     out = tmp_path / "demo"
-    arguments = ["--seeds", "2", "--epochs", "4", "--epochs-per-cycle", "1", "--distill-after", "1"]
+    arguments = ["--seeds", "1", "--epochs", "4", "--epochs-per-cycle", "1", "--distill-after", "1"]
     arguments += ["--batch-size", "16", "--output", str(out)]
     assert main(["demo", "q0", *arguments]) == 0
     results = json.loads((out / "results.json").read_text())
-    assert demo.table(results) in capsys.readouterr().out and len(results["seeds"]) == 2
+    assert demo.table(results) in capsys.readouterr().out and len(results["seeds"]) == 1
     rows = results["seeds"][0]["rows"]
     assert list(rows) == [demo.SINGLE, demo.STOPPED, demo.LONG, demo.INDEPENDENT, *demo.ARMS, demo.TUNED]
     for name in (demo.LONG, *demo.ARMS, demo.TUNED):

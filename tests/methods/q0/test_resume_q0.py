@@ -49,10 +49,10 @@ def go_on(folder, whole):
     t = q0.trainer(folder, **EVERY)
     t.train(resume_from_checkpoint=str(newest) if newest else None)
     q0.assert_same(folder, whole)
-    a, b = (torch.load(p / f"checkpoint-{t.plan.ends[-1] // 2 * 2}" / "optimizer.pt") for p in (folder, whole))
+    a, b = (torch.load(p / f"checkpoint-{t.plan.ends[-1]}" / "optimizer.pt") for p in (folder, whole))
     for i, state in a["state"].items():
         assert all(torch.equal(v, b["state"][i][k]) for k, v in state.items())
-    assert [{k: v for k, v in g.items()} for g in a["param_groups"]] == b["param_groups"]
+    assert a["param_groups"] == b["param_groups"]
 
 
 @pytest.mark.parametrize("where", ["first cycle", "last step of a cycle", "after a cycle", "before any checkpoint"])
