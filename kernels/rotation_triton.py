@@ -5,7 +5,8 @@ r"""Triton block rotation: x is read once, y written once, backward reads x and 
 
 A tile of columns is as many whole blocks as fit into a line of memory: delta is then a diagonal of blocks, zero beside
 them, whose extra products hide behind the memory.  A block wider than a tile (b > 128; b > 64 in fp32 and on AMD) takes
-several tiles; dx then has a launch of its own and x and g are read once a tile.  Shares are a function of the shapes and are added in order: no atomics.
+several tiles; dx then has a launch of its own and x and g are read once a tile.  Shares are a function of the shapes
+and are added in order: no atomics.
 
 Operands of two bytes go through the matrix units as they are, with delta in two halves of their dtype, delta = hi + lo:
 x is exact, and R good to 16 bits (bf16) or 22 (fp16) of its distance from I.
