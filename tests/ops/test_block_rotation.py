@@ -55,7 +55,7 @@ def test_x_and_upstream_of_any_stride(backend, device):
     x, generator = operands(device=device)
     want = reference(x, generator)
     up = torch.randn(12, 3, 2, dtype=torch.float64, device=device).permute(2, 1, 0)
-    grads = torch.autograd.grad(want, (x, generator), up)
+    grads = torch.autograd.grad(want, (x, generator), up, retain_graph=True)
     turned = x.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
     wide = torch.zeros(2, 3, 20, dtype=torch.float64, device=device)
     wide[..., 5:17] = x.detach()
