@@ -24,8 +24,11 @@ def bind(lib: ctypes.CDLL) -> bool:
 
 
 def supported() -> bool:
-    """Whether this CPU, its system and the compiler have tiles; the library is built if need be."""
-    return bool(library().burnish_product_supported())
+    """Whether there is a library, and this CPU, its system and the compiler have tiles; it is built if need be."""
+    try:
+        return bool(library().burnish_product_supported())
+    except RuntimeError:
+        return False
 
 
 def check_against_twin() -> None:
@@ -60,7 +63,10 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = 
     """out = a b, or += with ``add``: a (M, K) and b (K, N) bf16, out (M, N) fp32 with contiguous rows.
 
     The order of a sum over k depends on K, M and N alone, and on the number of threads where K >= 4 max(M, N).
+    RuntimeError where there are no tiles.
     """
+    if not supported():
+        raise RuntimeError("this CPU has no tile registers (AMX), or there is no host backend")
     (a, lda, a_columns), (b, ldb, b_columns) = _layout(a), _layout(b)
     if out.stride(1) != 1 and out.shape[1] > 1:
         raise ValueError(f"out must have contiguous rows; got strides {out.stride()}")

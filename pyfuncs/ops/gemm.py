@@ -36,7 +36,7 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = 
     """out = a b, or += with ``add``; in out's dtype; where the operands' is another, what ``mode`` calls mixed."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    elif a.device.type == "cpu" and a.dtype == torch.bfloat16:
+    elif a.device.type == "cpu" and gemm_host.supported():
         gemm_host.product(a, b, out, add=add)
     elif add:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

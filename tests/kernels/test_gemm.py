@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from burnish import linear_loss, linear_stats, objectives
-from burnish.kernels import dispatch, gemm_host, rows_host
+from burnish.kernels import gemm_host, rows_host
 from burnish.ops import gemm
 
 pytestmark = pytest.mark.skipif(
-    dispatch.resolve("auto", torch.device("cpu")) != "host" or not gemm_host.supported(),
+    not gemm_host.supported(),
     reason="this CPU has no tile registers (AMX), or there is no host backend",
 )
 
@@ -155,3 +155,10 @@ def test_scaled_has_the_bits_of_torch(dtype):
             rows_host.scaled(x, factor, dtype).nan_to_num(7.0), (x * factor).to(dtype).nan_to_num(7.0)
         )
     assert rows_host.scaled(x[:0], 2.0, dtype).shape == (0, 1031)
+
+
+def test_without_tiles_it_is_an_error_and_heads_are_cast_up(monkeypatch):
+    monkeypatch.setattr(gemm_host, "supported", lambda: False)
+    with pytest.raises(RuntimeError, match="no tile registers"):
+        gemm_host.product(torch.ones(2, 2).bfloat16(), torch.ones(2, 2).bfloat16(), torch.empty(2, 2))
+    assert gemm.mode(torch.bfloat16, torch.bfloat16, torch.device("cpu"), torch.float32, "host") == "upcast"
