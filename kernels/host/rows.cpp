@@ -112,6 +112,23 @@ inline Vec<double> exp_(Vec<double> x) {
   return x.exp();
 }
 
+// tanh x up to two roundings (Cephes): odd polynomial below 0.625, else by e = e^-2|x|, which the caller has
+inline Vec<float> tanh_(Vec<float> x, Vec<float> e) {
+  const Vec<float> one(1.0f), size = x.abs(), z = x * x;
+  auto p = at::vec::fmadd(z, Vec<float>(-5.70498872745e-3f), Vec<float>(2.06390887954e-2f));
+  p = at::vec::fmadd(p, z, Vec<float>(-5.37397155531e-2f));
+  p = at::vec::fmadd(p, z, Vec<float>(1.33314422036e-1f));
+  p = at::vec::fmadd(p, z, Vec<float>(-3.33332819422e-1f));
+  p = at::vec::fmadd(p * z, x, x);
+  const auto large = (one - e) / (one + e);
+  const auto with_sign = Vec<float>::blendv(large, large.neg(), x < Vec<float>(0.0f));
+  return Vec<float>::blendv(with_sign, p, size < Vec<float>(0.625f));  // NaN is not below, and large has it
+}
+
+inline Vec<double> tanh_(Vec<double> x, Vec<double>) {
+  return x.tanh();
+}
+
 template <typename A>
 inline A exp_one(A x) {  // the same bits as an entry of a vector
   A lanes[Vec<A>::size()];
@@ -192,13 +209,12 @@ void transform(A* x, int64_t n, double scale, double cap, const A* inv_temp, A* 
     auto v = load(x + k);
     if (scale != 1.0) v = v * Vec<A>(A(scale));
     if (cap != 0.0) {
-      const auto inner = v / Vec<A>(A(cap));
+      const auto inner = v / Vec<A>(A(cap)), e = exp_(inner.abs() * Vec<A>(A(-2)));
       if (slope) {  // 1 - tanh^2 without the cancellation
-        const auto e = exp_(inner.abs() * Vec<A>(A(-2)));
         const auto one = e + Vec<A>(A(1));
         (e * Vec<A>(A(4)) / (one * one)).store(slope + k);
       }
-      v = inner.tanh() * Vec<A>(A(cap));
+      v = tanh_(inner, e) * Vec<A>(A(cap));
     }
     if (inv_temp) v = v * Vec<A>(*inv_temp);
     v.store(x + k);
