@@ -685,7 +685,7 @@ def checkpoint() -> str:
         f"caches dropped on request, everything flushed; medians of {r['repeats']} (`benchmarks/results/post.json`). "
         f"The machine was shared with other work: a copy took from {min(copies):.2f} to {max(copies):.2f} s."
     )
-    header = ["", "time", "MB/s written", "of a copy", "best of each", "peak RSS, added"]
+    header = ["", "time", "MB/s written", "of a copy", f"by the best of {r['repeats']}", "peak RSS, added"]
     return "\n".join([about, "", *_table(header, rows)])
 
 

@@ -15,7 +15,7 @@ PRO, FROZEN, BACK = "QK-Pro", "Q, K frozen in fine-tuning", "% of the way back"
 #: Drawn, with its colour.
 _DRAWN = {
     "before": "#999999", "after": "#c44e52", "QK-Restore": "#4c72b0", "V and O": "#dd8452", "V, O and MLP": "#937860",
-    "Q, K of linear layers": "#8172b3", f"all weights, 25{BACK}": "#55a868",
+    "Q, K of linear layers": "#8172b3", f"all weights, 10{BACK}": "#55a868",
 }  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def table(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Recall against length, recall against the chain, and g(tau) on the chain before and after."""
+    """Recall gained by length, recall against the chain, and g(tau) on the chain before and after."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,14 +99,18 @@ def plot(results: dict, path: Path) -> None:
     seeds = results["seeds"]
     found = [s["regimes"][REGIMES[0]]["rows"] for s in seeds]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
-    for name, color in _DRAWN.items():
-        both = [interval([100 * f[name][f"recall {n}"] for f in found]) for n in LENGTHS]
+    gained = [name for name in _DRAWN if name not in ("before", "after")]
+    for k, name in enumerate(gained):
+        both = [interval([100 * (f[name][c] - f["after"][c]) for f in found]) for c in (f"recall {n}" for n in LENGTHS)]
         halves = [0 if math.isnan(h) else h for _, h in both]
-        left.errorbar(LENGTHS, [m for m, _ in both], halves, marker="o", capsize=3, color=color, label=name)
-    left.set(title="recall, %", xscale="log", xlabel="tokens", ylim=(0, 102))
+        # side by side, so that intervals can be told apart
+        places = [n * 1.07 ** (k - len(gained) / 2) for n in LENGTHS]
+        left.errorbar(places, [m for m, _ in both], halves, marker="o", capsize=2, color=_DRAWN[name], label=name)
+    left.axhline(0, color="#999999", linewidth=0.8)
+    left.set(title="recall gained on `after`, points", xscale="log", xlabel="tokens")
     left.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
     left.minorticks_off()
-    left.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 0.97))
+    left.legend(fontsize=7)
 
     def at(name: str) -> tuple[float, float]:
         chain = interval([100 * f[name]["chain"] for f in found])[0]

@@ -21,7 +21,7 @@ def test_needle_script(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     script = importlib.import_module("needle")
     out = tmp_path / "needle.json"
-    sizes = {"lengths": 200, "depths": 0.5, "count": 2, "new-tokens": 2, "text-length": 80, "texts": 2, "output": out}
+    sizes = {"lengths": 600, "depths": 0.5, "count": 2, "new-tokens": 2, "text-length": 80, "texts": 2, "output": out}
     command = [x for name, value in sizes.items() for x in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["needle.py", *command, "--tasks", "single_1"])
     script.main()
@@ -33,7 +33,7 @@ def test_needle_script(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(docs, "RESULTS", tmp_path)
     made = docs.PARTS["needle"][1]()
     assert made == script.markdown(result) and made in capsys.readouterr().out
-    assert "| `single_1` | 200 | 0 | 0 |" in made
+    assert "| `single_1` | 600 | 0 | 0 |" in made
     for name in ("needle", "docs"):
         sys.modules.pop(name)
 
