@@ -330,7 +330,7 @@ void fold_row(const Launch& l, int64_t row) {
       const A* with = f & TEACHER && eta != 0 ? t : nullptr;
       for (int64_t k = 0; k < wide; k += w) mix(load(z + k), with ? with + k : nullptr, alpha, eta).store(other + k);
       ms.meet(max_over(other, wide));
-      add(S_m_sum, ms.decay, exp_sum(other, wide, ms.safe, other));
+      add(S_m_sum, ms.decay, exp_sum(other, wide, ms.safe, f & MIX_MEAN ? other : nullptr));
       if (f & MIX_MEAN) add(S_m_exp, ms.decay, dot_finite(other, z, wide));
     }
     if (f & FOLD_T) {

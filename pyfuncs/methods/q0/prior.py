@@ -19,7 +19,7 @@ One step reads L once, in blocks of tokens, in fp64 whatever L's dtype; beside L
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -299,21 +299,23 @@ class _Data:
 
 def _em(data: _Data, w: Tensor, tol: float, max_steps: int, newton: bool) -> Prior:
     point = data.at(w)
-    losses, steps = [point.f], 1
+    if not math.isfinite(point.f):  # those that it has a weight for rule out a token
+        point = data.at((w + data.uniform()) / 2)
+    losses, steps, stalled = [point.f], 1, False
     while steps < max_steps and not float(point.g.max()) <= 1 + tol:
-        found = None
-        left_out = bool((point.w[point.g > 1] == 0).any())  # EM alone would never take them in
-        if newton and (left_out or steps >= _WARM) and math.isfinite(point.f):
+        found: _Point | None = None
+        # EM alone would take those in too late or never
+        left_out = bool((point.w[point.g > 1] < 1e-12).any())
+        ready = newton and (left_out or stalled or steps >= _WARM)
+        if ready:
             # curvature costs |support|^2 N: only those that have a weight or ought to get one
             support = ((point.w > 1e-12) | (point.g > 1)).nonzero()[:, 0]
-            here = data.at(point.w, support=support)
+            target = _newton(data.at(point.w, support=support), support)
             steps += 1
-            targets = [_newton(here, support)]
-            if left_out:  # towards the member that helps most f falls at first
-                targets.append(torch.zeros_like(w).index_fill_(0, point.g.argmax(), 1.0))
-            for trial in _trials(point.w, targets):
-                if steps >= max_steps:
+            for i in range(_LENGTHS):
+                if target is None or steps >= max_steps:
                     break
+                trial = point.w + (target - point.w) / 4**i  # f falls at first, H being positive
                 tried = data.at(trial / trial.sum())  # f never rises by it: F's minimum over w's scale
                 steps += 1
                 if tried.f < point.f:
@@ -322,19 +324,14 @@ def _em(data: _Data, w: Tensor, tol: float, max_steps: int, newton: bool) -> Pri
         if found is None:
             found = data.at(point.w * point.g / (point.w * point.g).sum())
             steps += 1
-            if found.f >= point.f:  # nothing is left but rounding
-                break
+            if found.f >= point.f:
+                if ready or not newton:  # nothing is left but rounding
+                    break
+                stalled = True
+                continue
         point = found
         losses.append(point.f)
     return Prior(point.w, point.f, max(point.gap, 0.0), steps, losses)
-
-
-def _trials(w: Tensor, targets: list[Tensor | None]) -> Iterator[Tensor]:
-    """Points on the way to each target, the nearest to it first."""
-    for target in targets:
-        if target is not None:
-            for i in range(_LENGTHS):
-                yield w + (target - w) / 4**i
 
 
 def _newton(point: _Point, support: Tensor) -> Tensor | None:

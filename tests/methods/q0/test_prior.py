@@ -111,6 +111,64 @@ def test_the_authors_adamw_finds_the_same_optimum():
     assert torch.allclose(four.weights, alpha.detach().softmax(0), atol=1e-12)
 
 
+def test_adamws_floor_of_1e_minus_12_has_no_gradient():
+    """Tokens below it weigh nothing in the authors' lines; the loss is that of the floor."""
+    log_probs = members(4, 30)
+    log_probs[:, :6] -= 40
+    alpha = (1e-4 * torch.randn(4, generator=torch.Generator().manual_seed(0))).double().requires_grad_()
+    optimizer = torch.optim.AdamW([alpha], lr=0.5, weight_decay=0.0)
+    losses = []
+    for _ in range(5):
+        loss = -(alpha.softmax(0) @ log_probs.exp()).clamp(min=1e-12).log().mean()
+        (alpha.grad,) = torch.autograd.grad(loss, alpha)
+        losses.append(loss.item())
+        optimizer.step()
+    found = learn_prior(log_probs, "adamw", max_steps=5)
+    assert torch.allclose(found.weights, alpha.detach().softmax(0), atol=1e-9)
+    assert found.losses == pytest.approx(losses, abs=1e-12)
+
+
+def test_the_quadratic_model_is_minimised_exactly():
+    """Against every active set, from any start."""
+    for seed in range(40):
+        g = torch.Generator().manual_seed(seed)
+        n = 2 + seed % 4
+        a = torch.randn(n, 2 * n, generator=g, dtype=torch.float64)
+        h, b = a @ a.T, 5 * torch.randn(n, generator=g, dtype=torch.float64)
+        best, where = 0.0, torch.zeros(n, dtype=torch.float64)
+        for free in itertools.product((False, True), repeat=n):
+            index = torch.tensor(free).nonzero()[:, 0]
+            y = torch.zeros(n, dtype=torch.float64)
+            y[index] = torch.linalg.solve(h[index][:, index], b[index]) if len(index) else y[index]
+            value = float(y @ h @ y / 2 - b @ y)
+            if bool((y >= 0).all()) and value < best:
+                best, where = value, y
+        start = torch.rand(n, generator=g, dtype=torch.float64) * torch.randint(0, 2, (n,), generator=g)
+        assert torch.allclose(prior._nonnegative(h, b, start), where, atol=1e-9), seed
+
+
+@pytest.mark.parametrize("seed", [67, 79, 107])
+def test_where_a_whole_newton_step_would_raise_the_loss(seed):
+    """Few tokens, probabilities many orders apart, and a start that has one member: the step is shortened."""
+    g = torch.Generator().manual_seed(seed)
+    m, n = 3 + seed % 4, 4 + seed % 13
+    log_probs = -(torch.rand(m, n, generator=g, dtype=torch.float64) * (5 + 40 * (seed % 5)))
+    start = torch.zeros(m)
+    start[seed % m] = 1
+    found = learn_prior(log_probs, start=start)
+    assert all(b < a for a, b in itertools.pairwise(found.losses))
+    assert float(kkt(log_probs, found.weights).max()) <= 1 + 1e-6
+    assert found.nll == pytest.approx(learn_prior(log_probs).nll, abs=1e-6)
+
+
+def test_a_start_that_rules_a_token_out():
+    log_probs = members(4, 60)
+    log_probs[0, 3] = -math.inf
+    found = learn_prior(log_probs, start=torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    assert found.nll == pytest.approx(learn_prior(log_probs).nll, abs=1e-6)
+    assert all(math.isfinite(x) for x in found.losses)
+
+
 def test_convexity_along_a_segment():
     log_probs = members()
     g = torch.Generator().manual_seed(1)
