@@ -25,6 +25,7 @@ from torch import nn
 
 from burnish import block_rotation
 from burnish.methods import fuse_oft
+from burnish.ops import block_rotation as ops
 from burnish.ops.live_bytes import LiveBytes
 from burnish.reference.block_rotation import block_rotation as reference
 
@@ -42,8 +43,9 @@ class Inside(LiveBytes):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "burnish":
+            op = getattr(ops, "_" + func._schema.name.split("::")[1])
             with self:
-                return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
+                return op._init_fn(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
