@@ -82,7 +82,9 @@ def prepare(options: dict[str, Any]) -> Run:
 def train(run: Run) -> None:
     """All trajectories that are not done, then the prior; a summary goes to stdout."""
     options, directory = run.options, run.directory
-    first = process_index() == 0
+    first, together = process_index() == 0, world_size() > 1
+    if together:
+        meet()  # until all have looked at what is there
     directory.path.mkdir(parents=True, exist_ok=True)
     if first:
         if options["overwrite"]:
@@ -91,7 +93,7 @@ def train(run: Run) -> None:
         write_json(directory.path / RECORD, options)
     every = range(options["trajectories"])
     own = every if options["spread"] == "data" else every[process_index() :: world_size()]
-    if world_size() > 1:
+    if together:
         meet()
     with _company(run):
         for number in own:

@@ -90,4 +90,5 @@ def test_it_can_be_probed():
         loss.backward()
     torch.testing.assert_close(loss, net(ids, labels).loss)
     profile = probe.profile()
-    assert set(profile.mean_distance) == {1, 3} and float(profile.absolute[1:].min()) > 0
+    # the last position has no label, and so the largest distance no gradient
+    assert set(profile.mean_distance) == {1, 3} and float(profile.absolute[1:-1].min()) > 0
