@@ -5,6 +5,10 @@ import logging
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def quiet():
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(before)  # tests of other folders run in this process
