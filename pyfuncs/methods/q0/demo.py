@@ -116,7 +116,7 @@ def train(data: dict, options: Q0DemoOptions, folder: Path, seed: int, epochs: i
 
 def long_runs(data: dict, options: Q0DemoOptions, folder: Path, seed: int) -> dict[str, Tensor]:
     """One ordinary run of all epochs for each decay, with a snapshot wherever q0 has one."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for decay in DECAYS:
         out = train(data, options, folder, seed, options.epochs, weight_decay=decay, **_ORDINARY)
         found |= {f"{name} {decay}": log_probs for name, log_probs in out.items()}
@@ -151,7 +151,7 @@ def q0_run(data: dict, options: Q0DemoOptions, folder: Path, seed: int, arm: dic
 
 def other_decays(data: dict, options: Q0DemoOptions, folder: Path, seed: int) -> dict[str, Tensor]:
     """q0 at the decays that the row "q0" does not have."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for decay in DECAYS:
         if decay != options.weight_decay:
             out = train(data, options, folder, seed, options.epochs, weight_decay=decay)
@@ -341,5 +341,5 @@ def _file(options: Q0DemoOptions, seed: int, name: str) -> Path:
     return (
         Path(options.output)
         / f"seed-{seed}"
-        / f"{name.translate(str.maketrans({' ': '-', ',': None, chr(39): None}))}.safetensors"
+        / f"{name.replace(" ", "-").replace(",", "").replace(chr(39), "")}.safetensors"
     )

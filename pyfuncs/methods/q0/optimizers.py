@@ -73,7 +73,7 @@ class MuonAdamW(Optimizer):
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
-    found = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    found: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     for name in ("get_input_embeddings", "get_output_embeddings"):
         get: Any = getattr(model, name, None)
         module = get() if get is not None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ EOS = "<eos>"
 _OWN = re.compile(r"bytes|bpe:\d+")
 
 
-def read_texts(source: str, pattern: str = "*.py", option: str = "data") -> list[str] | list[list[int]]:
+def read_texts(source: str, pattern: str = "*.py", option: str = "data") -> list[Any]:
     """The documents of a file or a folder: strings, or token ids where a JSONL file has them.
 
     Args:
@@ -90,7 +91,7 @@ def make_tokenizer(name: str, texts: Iterable[str]):
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=EOS)
 
 
-def tokenized(documents: Sequence[str] | Sequence[list[int]], tokenizer, option: str = "data") -> list[np.ndarray]:
+def tokenized(documents: Sequence[Any], tokenizer, option: str = "data") -> list[np.ndarray]:
     """Token ids of each document with the tokenizer's end of sequence behind it; ids as they are.
 
     ValueError for ids outside the vocabulary.
