@@ -338,8 +338,5 @@ def plot(results: dict, path: Path) -> None:
 
 
 def _file(options: Q0DemoOptions, seed: int, name: str) -> Path:
-    return (
-        Path(options.output)
-        / f"seed-{seed}"
-        / f"{name.replace(" ", "-").replace(",", "").replace(chr(39), "")}.safetensors"
-    )
+    plain = name.replace(" ", "-").replace(",", "").replace("'", "")
+    return Path(options.output) / f"seed-{seed}" / f"{plain}.safetensors"
