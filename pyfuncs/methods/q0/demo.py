@@ -116,7 +116,7 @@ def train(data: dict, options: Q0DemoOptions, folder: Path, seed: int, epochs: i
 
 def long_runs(data: dict, options: Q0DemoOptions, folder: Path, seed: int) -> dict[str, Tensor]:
     """One ordinary run of all epochs for each decay, with a snapshot wherever q0 has one."""
-    found: dict = {}
+    found: dict[str, Tensor] = {}
     for decay in DECAYS:
         out = train(data, options, folder, seed, options.epochs, weight_decay=decay, **_ORDINARY)
         found |= {f"{name} {decay}": log_probs for name, log_probs in out.items()}
@@ -151,7 +151,7 @@ def q0_run(data: dict, options: Q0DemoOptions, folder: Path, seed: int, arm: dic
 
 def other_decays(data: dict, options: Q0DemoOptions, folder: Path, seed: int) -> dict[str, Tensor]:
     """q0 at the decays that the row "q0" does not have."""
-    found: dict = {}
+    found: dict[str, Tensor] = {}
     for decay in DECAYS:
         if decay != options.weight_decay:
             out = train(data, options, folder, seed, options.epochs, weight_decay=decay)
@@ -338,5 +338,5 @@ def plot(results: dict, path: Path) -> None:
 
 
 def _file(options: Q0DemoOptions, seed: int, name: str) -> Path:
-    stem = name.translate(str.maketrans(" ", "-", ",'"))
-    return Path(options.output) / f"seed-{seed}" / f"{stem}.safetensors"
+    plain = name.replace(" ", "-").replace(",", "").replace("'", "")
+    return Path(options.output) / f"seed-{seed}" / f"{plain}.safetensors"

@@ -35,7 +35,7 @@ def as_documents(data: Any, name: str) -> list[np.ndarray]:
     return out
 
 
-def split_front(documents: Sequence, share: float, name: str) -> tuple[list, list]:
+def split_front(documents: Sequence[Any], share: float, name: str) -> tuple[list, list]:
     """(whole documents from the front with at least ``share`` of all tokens, the rest).  ValueError if none is left."""
     if not 0 < share < 1:
         raise ValueError(f"{name} must lie in (0, 1); got {share}")

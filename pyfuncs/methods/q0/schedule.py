@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -98,7 +97,7 @@ class CycleScheduler(LRScheduler):
         """(cycle, step within it), both from 0, of the optimizer step that comes next."""
         return place(self._ends, self.last_epoch)
 
-    def get_lr(self) -> list[float | Tensor]:
+    def get_lr(self) -> list[Any]:
         cycle, s = self.place()
         mult = lr_mult(s, self._lengths[cycle], floor=self._floors[0], **self._form)
         return [base * mult for base in self.base_lrs]

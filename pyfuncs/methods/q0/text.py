@@ -15,7 +15,7 @@ EOS = "<eos>"
 _OWN = re.compile(r"bytes|bpe:\d+")
 
 
-def read_texts(source: str, pattern: str = "*.py", option: str = "data") -> list[str] | list[list[int]]:
+def read_texts(source: str, pattern: str = "*.py", option: str = "data") -> list[Any]:
     """The documents of a file or a folder: strings, or token ids where a JSONL file has them.
 
     Args:
@@ -92,7 +92,7 @@ def make_tokenizer(name: str, texts: Iterable[str]):
 
 
 def tokenized(documents: Sequence[Any], tokenizer, option: str = "data") -> list[np.ndarray]:
-    """Token ids of each document (text or ids) with the tokenizer's end of sequence behind it; ids as they are.
+    """Token ids of each document with the tokenizer's end of sequence behind it; ids as they are.
 
     ValueError for ids outside the vocabulary.
     """

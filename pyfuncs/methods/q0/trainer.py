@@ -57,9 +57,12 @@ class HyperEpochTrainer(Trainer):
 
     args: Any
     model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    eval_dataset: Any
 
     def __init__(
-        self, model: nn.Module, args: HyperEpochConfig, *, train_dataset, fitness_dataset=None, eval_dataset=None,
+        self, model: Any, args: HyperEpochConfig, *, train_dataset, fitness_dataset=None, eval_dataset=None,
         **options,
     ):  # fmt: skip
         if not isinstance(args, HyperEpochConfig):

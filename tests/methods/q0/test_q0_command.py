@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from burnish.cli import main
-from burnish.methods.q0 import log_probs_of
+from burnish.methods.q0 import Ensemble, log_probs_of
 from burnish.methods.q0.prior import mixture_nll
 from burnish.methods.q0.text import make_tokenizer, read_texts, tokenized
 
@@ -65,10 +65,13 @@ def test_a_run_from_yaml(paths, tmp_path, capfd):
     assert AutoTokenizer.from_pretrained(snapshot).eos_token == "<eos>"
     assert (out / "trajectory-1" / "model.safetensors").is_file()
     assert json.loads((snapshot / "config.json").read_text())["final_logit_softcapping"] == 15
+    assert len(Ensemble.from_pretrained(out)) == len(weights["members"])
     # a run that is done is only weighed again; one with other options is refused
     assert main([*run, "--resume", "--prior", "uniform"]) == 0
     said = capfd.readouterr()
     assert "trajectory 1 is done" in said.err and "6 of 6 snapshots, 6.00 effective" in said.out
+    assert main([*run, "--resume", "--prior", "uniform", "--members", "2"]) == 0
+    assert "2 of 6 snapshots, 2.00 effective" in capfd.readouterr().out
     assert main([*run, "--resume", "--cycles", "4"]) == 2
     assert "cycles is 4, but the run in" in capfd.readouterr().err
     assert main(run) == 2 and "is not empty" in capfd.readouterr().err

@@ -47,7 +47,7 @@ def test_every_arm_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "DECAYS", (0.1, 1.0))
     monkeypatch.setattr(demo, "ProcessPoolExecutor", Here)
     out = tmp_path / "demo"
-    arguments = ["--seeds", "1", "--epochs", "4", "--epochs-per-cycle", "1", "--distill-after", "1"]
+    arguments = ["--seeds", "1", "--epochs", "2", "--runs", "2", "--epochs-per-cycle", "1", "--distill-after", "1"]
     arguments += ["--batch-size", "16", "--output", str(out)]
     assert main(["demo", "q0", *arguments]) == 0
     results = json.loads((out / "results.json").read_text())
@@ -55,8 +55,8 @@ def test_every_arm_runs(tmp_path, capsys, monkeypatch):
     rows = results["seeds"][0]["rows"]
     assert list(rows) == [demo.SINGLE, demo.STOPPED, demo.LONG, demo.INDEPENDENT, *demo.ARMS, demo.TUNED]
     for name in (demo.LONG, *demo.ARMS, demo.TUNED):
-        assert len(rows[name]["members"]) == 4 and sum(rows[name]["weights"]) == pytest.approx(1)
-    assert len(rows[demo.INDEPENDENT]["members"]) == 4 and (out / "curves.png").is_file()
+        assert len(rows[name]["members"]) == 2 and sum(rows[name]["weights"]) == pytest.approx(1)
+    assert len(rows[demo.INDEPENDENT]["members"]) == 2 and (out / "curves.png").is_file()
     # what is finished is not run again, and other options are refused
     monkeypatch.setattr(demo, "job", None)
     assert main(["demo", "q0", *arguments]) == 0
