@@ -44,8 +44,8 @@ class FusedOFT:
 
         return forward
 
-    def _rotate(self, x: Tensor, adapter: nn.Module) -> Tensor:
-        generator: Any = adapter.weight
+    def _rotate(self, x: Tensor, adapter: Any) -> Tensor:
+        generator = adapter.weight
         if adapter.coft:  # PEFT's own projection, in place on the parameter
             with torch.no_grad():
                 generator.copy_(adapter._project_batch(generator, eps=adapter.eps))
@@ -95,7 +95,8 @@ def fuse_oft(model: nn.Module, *, correction: bool = False, backend: str = "auto
     Returns the handle, with ``fused`` and ``left``.  Raises ValueError for a model without such a layer, or one that is
     fused already.
     """
-    found, left = {}, {}
+    found: dict[str, nn.Module] = {}
+    left: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, peft_oft.OFTLayer):
             continue
