@@ -25,7 +25,7 @@ from torch import nn
 
 from burnish import block_rotation
 from burnish.methods import fuse_oft
-from burnish.ops import block_rotation as ops
+from burnish.ops import block_rotation as module
 from burnish.ops.live_bytes import LiveBytes
 from burnish.reference.block_rotation import block_rotation as reference
 
@@ -38,14 +38,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZE = 0.01
 
 
+#: What an op of ours runs, by its registered name.
+OPS = {op._qualname: op._init_fn for op in (module._block_rotation, module._block_rotation_backward)}
+
+
 class Inside(LiveBytes):
     """Live bytes that look inside our ops."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "burnish":
-            op = getattr(ops, "_" + func._schema.name.split("::")[1])
+        inside = OPS.get(func.name())
+        if inside is not None:
             with self:
-                return op._init_fn(*args, **(kwargs or {}))
+                return inside(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -102,7 +106,7 @@ class Cell:
         found = {}
         for name, f in self.rotations().items():
             got = self.both(f, self.dy)
-            found[name] = max(float((a.double() - e).norm() / e.norm()) for a, e in zip(got, exact, strict=True))
+            found[name] = max(float((a.detach().double() - e).norm() / e.norm()) for a, e in zip(got, exact, strict=True))
         return found
 
     def bytes(self, f) -> dict[str, float]:

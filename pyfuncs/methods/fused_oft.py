@@ -45,7 +45,7 @@ class FusedOFT:
         return forward
 
     def _rotate(self, x: Tensor, adapter: Any) -> Tensor:
-        generator: Any = adapter.weight
+        generator = adapter.weight
         if adapter.coft:  # PEFT's own projection, in place on the parameter
             with torch.no_grad():
                 generator.copy_(adapter._project_batch(generator, eps=adapter.eps))
