@@ -41,8 +41,10 @@ RECORD = "burnish_peft_arena.json"
 #: An arena may grow by these; what else the file says is part of what its runs are.
 _MAY_CHANGE = (
     "output", "methods", "budget", "lr", "seeds", "controls", "save_steps", "logging_steps", "forgetting", "keep",
-    "eval_batch_size",
+    "eval_batch_size", "metrics",
 )  # fmt: skip
+#: What is measured where the file says nothing else.
+METRICS = {"weights": True, "activations": True, "modules": "paper8", "rows": 8}
 
 
 class Arena:
@@ -64,7 +66,14 @@ class Arena:
         self.data = self._load_data()
         self._check_output()
         # from the model's config alone: what is wrong is said before any weights are read
-        self.runs = plan_runs(config, empty_model(config.model(config["seeds"][0]), torch.float32))
+        empty = empty_model(config.model(config["seeds"][0]), torch.float32)
+        asked = {**METRICS, **config["metrics"]}
+        if asked["weights"] or asked["activations"]:
+            try:
+                metrics.check(empty, asked["modules"])
+            except ValueError as error:
+                raise ValueError(f"metrics: {error}") from None
+        self.runs = plan_runs(config, empty)
         for run in self.runs:
             self.done(run)
         self._loaded: tuple[str, Any, Any] | None = None
@@ -177,7 +186,7 @@ class Arena:
         return {"final": final, "distance": length, "paths": found, "metrics": measured}
 
     def _metrics(self, work, tokenizer, pre, post) -> dict[str, float]:
-        asked = {"weights": True, "activations": True, "modules": "paper8", "rows": 8, **self.config["metrics"]}
+        asked = {**METRICS, **self.config["metrics"]}
         count = asked.pop("rows")
         rows = {
             axis: [r for suite in named.values() for r in suite.sample(tokenizer, count)]

@@ -146,7 +146,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
     if not (isinstance(rewind["power"], (int, float)) and 0 < rewind["power"] < math.inf):
         raise ValueError(f"rewind: power must be above 0; got {rewind['power']!r}")
     _check_controls(given["controls"], given["steps"])
-    _known("metrics", given["metrics"], ("weights", "activations", "modules", "rows"))
+    given["metrics"] = _metrics(given["metrics"])
     for axis in ("target", "retention"):
         if not given[axis]:
             raise ValueError(f"{axis}: at least one suite is needed")
@@ -208,6 +208,30 @@ def _check_controls(controls: Mapping[str, Any], steps: int) -> None:
         if type(fewer) is not int or not 0 < fewer < steps:
             raise ValueError(f"controls: steps must be whole numbers below {steps}; got {fewer!r}")
     _numbers("controls: lr_scale", controls.get("lr_scale", [0.5]), 0.0, 1.0, ends=False)
+
+
+def _names(value) -> str | list[str]:
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) and v for v in value):
+        raise ValueError
+    return value
+
+
+_names.what = "a name, or a list of names"  # type: ignore[attr-defined]
+_METRICS = {"weights": flag, "activations": flag, "modules": _names, "rows": count}
+
+
+def _metrics(given: Mapping[str, Any]) -> dict[str, Any]:
+    _known("metrics", given, tuple(_METRICS))
+    out = {}
+    for name, value in given.items():
+        read: Any = _METRICS[name]
+        try:
+            out[name] = read(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"metrics: {name} must be {read.what}; got {value!r}") from None
+    return out
 
 
 def _known(where: str, given: Mapping[str, Any], names: Sequence[str]) -> None:

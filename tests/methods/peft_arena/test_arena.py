@@ -203,6 +203,24 @@ def test_an_arena_may_grow_and_not_change(model, tmp_path):
         Arena(make_config(arenas.values(model, tmp_path / "full")))
 
 
+@pytest.mark.parametrize("modules, message", [
+    (["q_proj", "nope"], "metrics: modules: nope is no module of the model"),
+    ("mlp", "metrics: modules: model.layers.0.mlp is LlamaMLP, which is no linear layer"),
+])  # fmt: skip
+def test_modules_are_looked_for_before_any_training(model, tmp_path, modules, message):
+    with pytest.raises(ValueError, match=message):
+        Arena(make_config(arenas.values(model, tmp_path / "out", metrics={"modules": modules})))
+    assert not (tmp_path / "out").exists()
+
+
+def test_metrics_may_change(model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    before = make_config(arenas.values(model, out, metrics={"modules": "nope"}))
+    (out / arena_module.RECORD).write_text(json.dumps(dict(before.values)))
+    Arena(make_config(arenas.values(model, out, metrics={"modules": "q_proj", "rows": 2})))
+
+
 def test_a_run_that_diverges_is_said_and_left_out(model, tmp_path, capsys):
     values = arenas.values(model, tmp_path / "out", methods=[{"method": "full", "lr": [1e-3, 1e30]}])
     Arena(make_config(values)).run()
