@@ -104,7 +104,10 @@ class Arena:
         return self.output / "runs" / f"{run.name}.json"
 
     def done(self, run: Run) -> bool:
-        """Whether a run's JSON is there.  ValueError where it is of other settings."""
+        """Whether a run's JSON is there.  One of a control, which is not rewound, is none of a rate of the grid.
+
+        ValueError where it is of other settings.
+        """
         try:
             found = json.loads(self.path(run).read_text())["run"]
         except OSError:
@@ -118,7 +121,7 @@ class Arena:
                     f"{self.path(run)}: {name} is {found.get(name)!r}, but {own[name]!r} in the file: remove it, or "
                     "give the method another label"
                 )
-        return True
+        return bool(run.control) or not found.get("control")
 
     def one(self, run: Run, progress: str = "") -> dict[str, Any]:
         """Train, score, rewind, measure and write one run; returns what is written.  Of one whose weights are no longer

@@ -213,6 +213,25 @@ def test_modules_are_looked_for_before_any_training(model, tmp_path, modules, me
     assert not (tmp_path / "out").exists()
 
 
+def test_a_control_that_becomes_a_rate_of_the_grid_is_run_again(model, tmp_path):
+    method = {"method": "oft", "block_size": 16}
+    more = {"metrics": {"weights": False, "activations": False}}
+    values = arenas.values(
+        model, tmp_path / "out", methods=[{**method, "lr": 1e-2}], controls={"lr_scale": [0.5]}, **more
+    )
+    arena = Arena(make_config(values))
+    arena.run()
+    control = next(r for r in arena.runs if r.control)
+    assert arena.done(control) and not json.loads(arena.path(control).read_text())["paths"]
+    grown = Arena(make_config({**values, "methods": [{**method, "lr": [5e-3, 1e-2]}]}))
+    run = next(r for r in grown.runs if r.rate == 5e-3)
+    assert run.name == control.name and not grown.done(run)
+    grown.run()
+    assert grown.done(run) and json.loads(grown.path(run).read_text())["paths"]
+    # the other way round it has all that a control has
+    assert arena.done(control)
+
+
 def test_metrics_may_change(model, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
