@@ -208,10 +208,13 @@ def _nll(suite, text, args=None, size=16, length=128):
 
     def sample(tokenizer, split: str) -> list[Row]:
         ids = tokenizer(content, add_special_tokens=False)["input_ids"]
-        windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        # a text that repeats itself has windows that are alike: each once, so that none is in both splits
+        windows = [*map(list, dict.fromkeys(
+            tuple(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)
+        ))]  # fmt: skip
         mine = windows[SPLITS.index(split) :: 2]
         if not mine:
-            raise ValueError(f"{suite.where}: {len(ids)} tokens are too few for two windows of {length}")
+            raise ValueError(f"{suite.where}: {len(ids)} tokens are too few for two different windows of {length}")
         # spread over the text, not its beginning
         return [(w, w) for w in mine[:: max(1, len(mine) // size)][:size]]
 
@@ -245,25 +248,37 @@ def _rows(suite: Suite, source: str, args, size: int, *forms: tuple[str, ...]) -
     """split -> rows of a file (every other one) or of function(split=, size=, **args)."""
     size = _size(suite, size)
 
+    def form_of(row: dict) -> tuple[str, ...] | None:
+        return next((form for form in forms if all(column in row for column in form)), None)
+
     def checked(rows: list[dict]) -> list[dict]:
         if not rows:
             raise ValueError(f"{suite.where}: {source} has no rows")
         for row in rows:
-            if not any(all(column in row for column in form) for form in forms):
+            if form_of(row) is None:
                 needed = " or ".join(", ".join(form) for form in forms)
                 raise ValueError(f"{suite.where}: a row of {source} needs {needed}; got {', '.join(row)}")
         return rows
+
+    def apart(drawn: dict[str, list[dict]]) -> Callable[[str], list[dict]]:
+        held, test = ({repr([row[c] for c in form_of(row) or ()]): row for row in drawn[s]} for s in SPLITS)
+        shared = [row for key, row in held.items() if key in test]
+        if shared:
+            raise ValueError(
+                f"{suite.where}: {source} has {len(shared)} rows in both of {', '.join(SPLITS)}; the first is "
+                f"{str(shared[0])[:80]}"
+            )
+        return lambda split: drawn[split]
 
     if Path(source).is_file():
         every = checked([row for _, row in jsonl_rows(source)])
         if len(every) < 2:
             raise ValueError(f"{suite.where}: {source} has too few rows for two splits")
-        return lambda split: every[SPLITS.index(split) :: 2][:size]
+        return apart({split: every[i::2][:size] for i, split in enumerate(SPLITS)})
     if ":" not in source:
         raise ValueError(f"{suite.where}: rows {source}: no such file, and no MODULE:FUNCTION")
     function = load_function(source, f"{suite.where}: rows")
-    drawn = {split: checked(list(function(split=split, size=size, **(args or {})))) for split in SPLITS}
-    return lambda split: drawn[split]
+    return apart({split: checked(list(function(split=split, size=size, **(args or {})))) for split in SPLITS})
 
 
 _MAKERS: dict[str, Callable] = {"task": _task, "exact": _exact, "nll": _nll, "choice": _choice}
