@@ -26,13 +26,14 @@ import torch
 from ...paths import Adapter, StateDict, split_model
 from ..chunkft_plan import empty_model
 from ..data import TASK_PREFIX, TaskData, load_data, read_jsonl
+from ..frozen import evaluating
 from ..functions import load_function
 from ..models import check_model_name, load_model
 from ..processes import world_size
 from ..run_directory import note, quiet_bars, write_json
 from . import metrics
 from .config import Config
-from .evaluators import SPLITS, Suite
+from .evaluators import SPLITS, NotFinite, Suite, label_stats
 from .plan import Run, plan_runs
 from .rewind import choose_point, mean, paths_of, rule_of, travelled
 from .techniques import technique
@@ -124,8 +125,8 @@ class Arena:
         return bool(run.control) or not found.get("control")
 
     def one(self, run: Run, progress: str = "") -> dict[str, Any]:
-        """Train, score, rewind, measure and write one run; returns what is written.  Of one whose weights are no longer
-        finite that is all that is kept."""
+        """Train, score, rewind, measure and write one run; returns what is written.  Of one whose weights or
+        outputs are no longer finite that is all that is kept."""
         from . import train
 
         started = time.perf_counter()
@@ -135,12 +136,17 @@ class Arena:
         rows = self._rows(tokenizer)
         trained = train.train(self.config, run, copy.deepcopy(work), tokenizer, rows, folder)
         adapter, post = _merge(trained.model, run)
+        lost, said = {"run": run.settings(), "diverged": True}, f"{progress} {run.name}: diverged"
         if not all(bool(x.isfinite().all()) for x in post.values()):
-            return self._write(run, {"run": run.settings(), "diverged": True}, f"{progress} {run.name}: diverged")
+            return self._write(run, lost, said)
         if self.config["keep"]:
             self._keep(run, trained.model, adapter, work, post)
         pre = snapshot(work)
-        result = self._score_paths(run, work, tokenizer, base, pre, post, adapter)
+        try:
+            result = self._score_paths(run, work, tokenizer, base, pre, post, adapter)
+        except NotFinite as error:
+            load(work, pre)
+            return self._write(run, lost, f"{said}: {error}")
         result = {
             "run": run.settings(), "base": base, **result,
             "training": {"seconds": trained.seconds, "loss": trained.loss, "rows": len(rows)},
@@ -172,6 +178,7 @@ class Arena:
         length = travelled(post, pre)
         try:
             load(work, post)
+            self._check_outputs(work, tokenizer)
             final = {s: self._both(work, tokenizer, s) for s in SPLITS}
             measured = self._metrics(work, tokenizer, pre, post)
         finally:
@@ -187,6 +194,13 @@ class Arena:
                     length=length,
                 )  # fmt: skip
         return {"final": final, "distance": length, "paths": found, "metrics": measured}
+
+    def _check_outputs(self, model, tokenizer) -> None:
+        """NotFinite for a model that a score might not say it of: first choices among NaNs are wrong answers."""
+        for suite in (s for named in self.suites.values() for s in named.values()):
+            rows = [(ids, ids) for ids in suite.sample(tokenizer, 1)]
+            with torch.no_grad(), evaluating(model):
+                label_stats(model, rows, 1)
 
     def _metrics(self, work, tokenizer, pre, post) -> dict[str, float]:
         asked = {**METRICS, **self.config["metrics"]}

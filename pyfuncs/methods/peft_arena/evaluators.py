@@ -34,6 +34,10 @@ SEEDS = {"test": EVALUATION_SEED, "held_out": 2 * EVALUATION_SEED}
 Row = tuple[list[int], list[int]]
 
 
+class NotFinite(ValueError):
+    """A model's outputs, or a score of them, are not finite."""
+
+
 class Suite:
     """One evaluation; see the module.  ``questions`` are those of both splits, which training must not contain.
 
@@ -63,13 +67,17 @@ class Suite:
         self._score, self._sample = maker(self, **arguments)
 
     def score(self, model, tokenizer, split: str) -> float:
-        """The model's score on a split.  ValueError for another split, or a score that is no number."""
+        """The model's score on a split.  ValueError for another split, NotFinite for a score or outputs that are no
+        numbers."""
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
         with torch.no_grad(), evaluating(model):
-            score = float(self._score(model, tokenizer, split))
+            try:
+                score = float(self._score(model, tokenizer, split))
+            except NotFinite as error:
+                raise NotFinite(f"{self.where}: {error}") from None
         if not math.isfinite(score):
-            raise ValueError(f"{self.where}: the score is {score}")
+            raise NotFinite(f"{self.where}: the score is {score}")
         return score
 
     def sample(self, tokenizer, count: int) -> list[list[int]]:
@@ -80,7 +88,8 @@ class Suite:
 def label_stats(model, rows: list[Row], batch_size: int, pad: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(log-probability, whether it is the model's first choice) of each labelled token, row by row, on the CPU.
 
-    Only rows of hidden states that have a label meet the LM head; logits are never whole.
+    Only rows of hidden states that have a label meet the LM head; logits are never whole.  NotFinite where hidden
+    states or log-probabilities are not finite.
     """
     core, device = base_model(model), next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -95,11 +104,13 @@ def label_stats(model, rows: list[Row], batch_size: int, pad: int = 0) -> list[t
             ids[row, :n], labels[row, :n], mask[row, :n] = torch.tensor(rows[i][0]), torch.tensor(rows[i][1]), 1
         hidden = backbone(core)(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         keep = labels[:, 1:] != -100
-        head = output_head(core)
+        head, asked = output_head(core), hidden.last_hidden_state[:, :-1][keep.to(device)]
         found = linear_stats(
-            hidden.last_hidden_state[:, :-1][keep.to(device)], head.weight, labels[:, 1:][keep].to(device),
+            asked, head.weight, labels[:, 1:][keep].to(device),
             stats=("logp", "hit"), bias=head.bias, scale=head.scale, softcap=head.softcap,
         )  # fmt: skip
+        if not bool(asked.isfinite().all() and found.logp.isfinite().all()):
+            raise NotFinite("the model's outputs are not finite")
         counts = keep.sum(1).tolist()
         for i, logp, hit in zip(batch, found.logp.cpu().split(counts), found.hit.cpu().split(counts), strict=True):
             out[i] = logp, hit

@@ -55,7 +55,7 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
     rewinding: each method and path at its highest rate: the final model, and the point chosen on held-out suites,
         tested; against each control, the retention of the path less the control's at the control's own target, on
         held-out suites, in which nothing is chosen.
-    diverged: runs whose weights are no longer finite; they count nowhere else.
+    diverged: runs whose weights or outputs are no longer finite; they count nowhere else.
     correlations: of each metric with forgetting and with target over all runs: Pearson, Spearman, runs.
 
     ValueError where no run but controls is finished.

@@ -1,5 +1,6 @@
 """Whole arenas: what a run writes, what a killed one does again, how several processes share the runs."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -88,9 +89,9 @@ def test_a_cut_training_has_the_bits_of_a_whole_one(model, tmp_path, monkeypatch
     run = Run(name, name, full, 1e-2, 7, 3, "", 0, None)
     rows = arenas.toy.rows("prefix", 64)
 
-    def go(folder):
+    def go(folder, control=""):
         net, tok = load_model(model)
-        trained = train.train(config, run, net, tok, rows, folder)
+        trained = train.train(config, dataclasses.replace(run, control=control), net, tok, rows, folder)
         return snapshot(trained.model), trained.loss
 
     whole, loss = go(tmp_path / "whole")
@@ -109,7 +110,7 @@ def test_a_cut_training_has_the_bits_of_a_whole_one(model, tmp_path, monkeypatch
     again, losses = go(tmp_path / "cut")
     assert len(count) == 6 + 3 and losses == loss
     assert all(torch.equal(x, again[n]) for n, x in whole.items())
-    third, _ = go(tmp_path / "cut")
+    third, _ = go(tmp_path / "cut", "lr x 0.5")  # as a control it is the same training
     assert len(count) == 9 and all(torch.equal(x, third[n]) for n, x in whole.items())
 
 
@@ -246,6 +247,33 @@ def test_a_run_that_diverges_is_said_and_left_out(model, tmp_path, capsys):
     assert "Diverged, and left out: full 1e+30, seed 0." in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "report.json").read_text())["runs"] == 1
     assert not list((tmp_path / "out" / "training").glob("*"))
+
+
+@pytest.mark.parametrize("evaluator", ["exact", "task"])
+def test_a_run_whose_outputs_are_not_finite_has_diverged(model, tmp_path, monkeypatch, capsys, evaluator):
+    from burnish.methods.peft_arena import train
+
+    trained = train.train
+
+    def explodes(config, run, *args):
+        made = trained(config, run, *args)
+        if run.rate == 1e-2:
+            with torch.no_grad():
+                made.model.model.norm.weight.fill_(1e30)
+                made.model.lm_head.weight.mul_(1e30)
+        return made
+
+    monkeypatch.setattr(train, "train", explodes)
+    values = arenas.values(model, tmp_path / "out", methods=[{"method": "full", "lr": [1e-3, 1e-2]}])
+    if evaluator == "task":  # greedy answers of NaNs are wrong, and no more
+        task = {"evaluator": "task", "task": "chain_sum", "size": 2, "max_new_tokens": 2}
+        values |= {"target": {"sums": task}, "retention": {"more": {**task, "task": "basic_arithmetic"}}}
+    Arena(make_config(values)).run()
+    said = capsys.readouterr()
+    assert "Diverged, and left out: full 0.01, seed 0." in said.out
+    assert "diverged: the model's outputs are not finite" in said.err
+    file = next((tmp_path / "out" / "runs").glob("full-lr0.01-*.json"))
+    assert json.loads(file.read_text())["diverged"] is True and not list((tmp_path / "out" / "training").glob("*"))
 
 
 def test_what_is_kept_loads_as_the_trained_model(model, tmp_path):
