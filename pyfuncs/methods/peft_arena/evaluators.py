@@ -238,6 +238,14 @@ def _nll(suite, text, args=None, size=16, length=128):
 
 def _choice(suite, rows, args=None, size=64, normalise=True):
     found = _rows(suite, rows, args, size, ("prompt", "options", "answer"))
+    for p in (p for split in SPLITS for p in found(split)):
+        options, answer = p["options"], p["answer"]
+        if not isinstance(options, (list, tuple)) or not options or not all(isinstance(o, str) for o in options):
+            raise ValueError(f"{suite.where}: options must be a list of strings, not empty; got {options!r}")
+        if type(answer) is not int or not 0 <= answer < len(options):
+            raise ValueError(
+                f"{suite.where}: answer must be the number of an option, from 0 to {len(options) - 1}; got {answer!r}"
+            )
 
     def sample(tokenizer, split: str) -> list[Row]:
         return [encode(tokenizer, p["prompt"], option) for p in found(split) for option in p["options"]]

@@ -108,6 +108,21 @@ def test_choice_takes_the_likeliest_option(model, tok, tmp_path):
         assert Suite("x", {**given, "normalise": False}).score(model, tok, split) == sum(by_sum[i::2]) / 4
 
 
+@pytest.mark.parametrize("more, message", [
+    ({"answer": "1"}, "answer must be the number of an option, from 0 to 1; got '1'"),
+    ({"answer": 7}, "answer must be the number of an option, from 0 to 1; got 7"),
+    ({"answer": -1}, "got -1"),
+    ({"answer": True}, "got True"),
+    ({"options": "ab"}, "options must be a list of strings, not empty; got 'ab'"),
+])  # fmt: skip
+def test_an_answer_that_is_no_option_is_refused(tmp_path, more, message):
+    rows = [{"prompt": f"{i}", "options": ["a", "b"], "answer": 1} for i in range(4)]
+    rows[3] |= more
+    (tmp_path / "rows").write_text("".join(json.dumps(p) + "\n" for p in rows))
+    with pytest.raises(ValueError, match=f"^target: it: {message}" if message[0] in "ao" else message):
+        Suite("target: it", {"evaluator": "choice", "rows": str(tmp_path / "rows")})
+
+
 def test_a_function_and_splits(model, tok, monkeypatch):
     calls = []
     monkeypatch.setattr(tiny, "scored", lambda m, t, split, bonus: calls.append(split) or bonus, raising=False)
