@@ -241,6 +241,15 @@ def test_metrics_may_change(model, tmp_path):
     Arena(make_config(arenas.values(model, out, metrics={"modules": "q_proj", "rows": 2})))
 
 
+def test_the_rule_that_an_earlier_version_wrote(model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    config = make_config(arenas.values(model, out, rule={"best_target": "5e-2"}))
+    before = {**config.values, "rule": {"best_sum": 1.0, "best_target": 0.05}}
+    (out / arena_module.RECORD).write_text(json.dumps(before))
+    Arena(config)
+
+
 def test_a_run_that_diverges_is_said_and_left_out(model, tmp_path, capsys):
     values = arenas.values(model, tmp_path / "out", methods=[{"method": "full", "lr": [1e-3, 1e30]}])
     Arena(make_config(values)).run()
