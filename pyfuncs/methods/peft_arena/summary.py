@@ -49,7 +49,8 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
         hypervolume: over the seed's points, above (the base model's target, 0);
         best_target: for each limit of forgetting, the target on the tests at the rate that is best within it on the
             held-out suites; the base model's where none is;
-        retention_at: retention at ``matched``, on the straight lines between the base model and the method's points.
+        retention_at: retention at ``matched``, on the straight lines between the base model and the method's points, of
+            the seeds that reach it; seeds: of how many.
     matched: the target that every method reaches: the least of their best.
     front: labels and rates of the points that nothing dominates, of the means over seeds.
     rewinding: each method and path at its highest rate: the final model, and the point chosen on held-out suites,
@@ -77,6 +78,8 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
     }
     matched = min(best.values())
     trained = [r for r in rows if not r["control"]]
+    # a seed of which every run diverged does not reach the target either
+    trained_of = _grouped([*diverged, *(r["run"] for r in runs)], lambda r: r["label"])
     points = [Scored(r["target"]["mean"], r["retention"]["mean"], name=f"{r['label']} {r['rate']:g}") for r in trained]
     return {
         "base": {a: estimate(_test(r["base"], a) for r in _seeds(runs).values()) for a in ("target", "retention")},
@@ -84,7 +87,10 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
         "suites": sorted(runs[0]["base"]["test"]["suites"]),
         "rows": rows,
         "matched": matched,
-        "methods": {label: _method(group, matched, limits) for label, group in methods.items()},
+        "methods": {
+            label: {**_method(group, matched, limits), "seeds": len({r["seed"] for r in trained_of[label]})}
+            for label, group in methods.items()
+        },
         "front": [p.name for p in pareto_front(points)],
         "rewinding": _rewinding([r for r in runs if r["run"]["label"] in methods], tops),
         "correlations": _correlations(runs),

@@ -150,6 +150,16 @@ def test_seeds_that_do_not_reach_a_target_are_counted():
     assert s["methods"]["a"]["retention_at"]["n"] == 1 and " (1 of 2)" in markdown(s)
 
 
+def test_a_seed_that_diverged_reaches_no_target():
+    runs = [r for r in arena() if r["run"]["label"] == "a" and r["run"]["seed"] == 0]
+    lost = run("a", 1e-2, 1, None)["run"]
+    s = summarise([*runs, {"run": lost, "diverged": True}])
+    assert s["methods"]["a"]["retention_at"]["n"] == 1 and s["methods"]["a"]["seeds"] == 2
+    assert "(1 of 2)" in markdown(s)
+    s["methods"]["a"]["retention_at"] = None
+    assert "- (0 of 2)" in markdown(s)
+
+
 def test_one_seed_has_no_interval():
     assert estimate([0.5]) == {"mean": 0.5, "half": None, "n": 1} and estimate([None]) is None
     s = summarise([r for r in arena() if r["run"]["seed"] == 0])
