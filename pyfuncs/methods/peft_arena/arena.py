@@ -26,13 +26,14 @@ import torch
 from ...paths import Adapter, StateDict, split_model
 from ..chunkft_plan import empty_model
 from ..data import TASK_PREFIX, TaskData, load_data, read_jsonl
+from ..frozen import evaluating
 from ..functions import load_function
 from ..models import check_model_name, load_model
 from ..processes import world_size
 from ..run_directory import note, quiet_bars, write_json
 from . import metrics
 from .config import Config
-from .evaluators import SPLITS, Suite
+from .evaluators import SPLITS, NotFinite, Suite, label_stats
 from .plan import Run, plan_runs
 from .rewind import choose_point, mean, paths_of, rule_of, travelled
 from .techniques import technique
@@ -41,8 +42,10 @@ RECORD = "burnish_peft_arena.json"
 #: An arena may grow by these; what else the file says is part of what its runs are.
 _MAY_CHANGE = (
     "output", "methods", "budget", "lr", "seeds", "controls", "save_steps", "logging_steps", "forgetting", "keep",
-    "eval_batch_size",
+    "eval_batch_size", "metrics",
 )  # fmt: skip
+#: What is measured where the file says nothing else.
+METRICS = {"weights": True, "activations": True, "modules": "paper8", "rows": 8}
 
 
 class Arena:
@@ -64,7 +67,14 @@ class Arena:
         self.data = self._load_data()
         self._check_output()
         # from the model's config alone: what is wrong is said before any weights are read
-        self.runs = plan_runs(config, empty_model(config.model(config["seeds"][0]), torch.float32))
+        empty = empty_model(config.model(config["seeds"][0]), torch.float32)
+        asked = {**METRICS, **config["metrics"]}
+        if asked["weights"] or asked["activations"]:
+            try:
+                metrics.check(empty, asked["modules"])
+            except ValueError as error:
+                raise ValueError(f"metrics: {error}") from None
+        self.runs = plan_runs(config, empty)
         for run in self.runs:
             self.done(run)
         self._loaded: tuple[str, Any, Any] | None = None
@@ -95,7 +105,10 @@ class Arena:
         return self.output / "runs" / f"{run.name}.json"
 
     def done(self, run: Run) -> bool:
-        """Whether a run's JSON is there.  ValueError where it is of other settings."""
+        """Whether a run's JSON is there.  One of a control, which is not rewound, is none of a rate of the grid.
+
+        ValueError where it is of other settings.
+        """
         try:
             found = json.loads(self.path(run).read_text())["run"]
         except OSError:
@@ -109,11 +122,11 @@ class Arena:
                     f"{self.path(run)}: {name} is {found.get(name)!r}, but {own[name]!r} in the file: remove it, or "
                     "give the method another label"
                 )
-        return True
+        return bool(run.control) or not found.get("control")
 
     def one(self, run: Run, progress: str = "") -> dict[str, Any]:
-        """Train, score, rewind, measure and write one run; returns what is written.  Of one whose weights are no longer
-        finite that is all that is kept."""
+        """Train, score, rewind, measure and write one run; returns what is written.  Of one whose weights or
+        outputs are no longer finite that is all that is kept."""
         from . import train
 
         started = time.perf_counter()
@@ -123,12 +136,17 @@ class Arena:
         rows = self._rows(tokenizer)
         trained = train.train(self.config, run, copy.deepcopy(work), tokenizer, rows, folder)
         adapter, post = _merge(trained.model, run)
+        lost, said = {"run": run.settings(), "diverged": True}, f"{progress} {run.name}: diverged"
         if not all(bool(x.isfinite().all()) for x in post.values()):
-            return self._write(run, {"run": run.settings(), "diverged": True}, f"{progress} {run.name}: diverged")
+            return self._write(run, lost, said)
         if self.config["keep"]:
             self._keep(run, trained.model, adapter, work, post)
         pre = snapshot(work)
-        result = self._score_paths(run, work, tokenizer, base, pre, post, adapter)
+        try:
+            result = self._score_paths(run, work, tokenizer, base, pre, post, adapter)
+        except NotFinite as error:
+            load(work, pre)
+            return self._write(run, lost, f"{said}: {error}")
         result = {
             "run": run.settings(), "base": base, **result,
             "training": {"seconds": trained.seconds, "loss": trained.loss, "rows": len(rows)},
@@ -160,6 +178,7 @@ class Arena:
         length = travelled(post, pre)
         try:
             load(work, post)
+            self._check_outputs(work, tokenizer)
             final = {s: self._both(work, tokenizer, s) for s in SPLITS}
             measured = self._metrics(work, tokenizer, pre, post)
         finally:
@@ -176,8 +195,15 @@ class Arena:
                 )  # fmt: skip
         return {"final": final, "distance": length, "paths": found, "metrics": measured}
 
+    def _check_outputs(self, model, tokenizer) -> None:
+        """NotFinite for a model that a score might not say it of: first choices among NaNs are wrong answers."""
+        for suite in (s for named in self.suites.values() for s in named.values()):
+            rows = [(ids, ids) for ids in suite.sample(tokenizer, 1)]
+            with torch.no_grad(), evaluating(model):
+                label_stats(model, rows, 1)
+
     def _metrics(self, work, tokenizer, pre, post) -> dict[str, float]:
-        asked = {"weights": True, "activations": True, "modules": "paper8", "rows": 8, **self.config["metrics"]}
+        asked = {**METRICS, **self.config["metrics"]}
         count = asked.pop("rows")
         rows = {
             axis: [r for suite in named.values() for r in suite.sample(tokenizer, count)]
@@ -252,6 +278,8 @@ class Arena:
                 raise ValueError(f"output {self.output}: is not empty, and no arena's") from None
             return
         now = json.loads(json.dumps(dict(self.config.values)))
+        if isinstance(before.get("rule"), dict) and len(before["rule"]) > 1:
+            before["rule"].pop("best_sum", None)  # an earlier version kept its default beside the file's own
         for name, value in before.items():
             if name in now and name not in _MAY_CHANGE and now[name] != value:
                 raise ValueError(f"output {self.output}: its runs have {name} {value!r}, the file {now[name]!r}")

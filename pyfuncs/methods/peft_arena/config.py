@@ -70,7 +70,7 @@ OPTIONS: dict[str, Option] = {
     "steps": Option(count, None, "optimizer steps of a run"),
     "controls": Option(mapping, {}, "steps: fewer of them; lr_scale: factors below 1; each at a method's highest rate"),
     "rewind": Option(mapping, {}, "grid, variants (a list), power"),
-    "rule": Option(mapping, {"best_sum": 1.0}, "how a point is chosen: best_target, furthest or best_sum: NUMBER"),
+    "rule": Option(mapping, {}, "how a point is chosen: best_target, furthest or best_sum: NUMBER (best_sum: 1)"),
     "metrics": Option(mapping, {}, "weights, activations, modules, rows"),
     "batch_size": Option(count, 8, "rows a micro-batch"),
     "accumulation": Option(count, 1, "micro-batches an optimizer step"),
@@ -139,14 +139,22 @@ def make_config(values: Mapping[str, Any]) -> Config:
     _known("rewind", rewind, ("grid", "variants", "power"))
     grid = _numbers("rewind: grid", rewind["grid"], 0.0, 1.0)
     every = tuple(dict.fromkeys(v for names in VARIANTS.values() for v in names))
-    variants = every if rewind["variants"] is None else tuple(rewind["variants"])
+    named = rewind["variants"]
+    variants = every if named is None else tuple(named if isinstance(named, list) else [named])
     for variant in variants:
         if variant not in every:
             raise ValueError(f"rewind: variants are {', '.join(every)}; got {variant!r}")
-    if not (isinstance(rewind["power"], (int, float)) and 0 < rewind["power"] < math.inf):
-        raise ValueError(f"rewind: power must be above 0; got {rewind['power']!r}")
-    _check_controls(given["controls"], given["steps"])
-    _known("metrics", given["metrics"], ("weights", "activations", "modules", "rows"))
+    try:
+        power = _positive(rewind["power"])
+    except (TypeError, ValueError):
+        raise ValueError(f"rewind: power must be above 0; got {rewind['power']!r}") from None
+    # as they were read: an output's arena is the same however its numbers are written
+    read = {"grid": grid, "variants": None if named is None else list(variants), "power": power}
+    given["rewind"] = {k: read[k] for k in given["rewind"]}
+    given["controls"] = _controls(given["controls"], given["steps"])
+    rule = _rule(given["rule"])
+    given["rule"] = dict([rule])
+    given["metrics"] = _metrics(given["metrics"])
     for axis in ("target", "retention"):
         if not given[axis]:
             raise ValueError(f"{axis}: at least one suite is needed")
@@ -156,8 +164,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
             f"the suite {sorted(shared)[0]!r} is of both target and retention: give each a name of its own"
         )
     return Config(
-        given, _methods(given), tuple(sorted({0.0, *grid, 1.0})), variants, float(rewind["power"]),
-        _rule(given["rule"]),
+        given, _methods(given), tuple(sorted({0.0, *grid, 1.0})), variants, power, rule,
     )  # fmt: skip
 
 
@@ -202,12 +209,41 @@ def _label(row: techniques.Technique, arguments: Mapping[str, Any]) -> str:
     return row.name if size is None else f"{row.name}-{'r' if row.size == 'r' else 'b'}{size}"
 
 
-def _check_controls(controls: Mapping[str, Any], steps: int) -> None:
+def _controls(controls: Mapping[str, Any], steps: int) -> dict[str, Any]:
     _known("controls", controls, ("steps", "lr_scale"))
-    for fewer in controls.get("steps", []):
-        if type(fewer) is not int or not 0 < fewer < steps:
-            raise ValueError(f"controls: steps must be whole numbers below {steps}; got {fewer!r}")
-    _numbers("controls: lr_scale", controls.get("lr_scale", [0.5]), 0.0, 1.0, ends=False)
+    out = dict(controls)
+    if "steps" in controls:
+        out["steps"] = controls["steps"] if isinstance(controls["steps"], list) else [controls["steps"]]
+        for fewer in out["steps"]:
+            if type(fewer) is not int or not 0 < fewer < steps:
+                raise ValueError(f"controls: steps must be whole numbers below {steps}; got {fewer!r}")
+    if "lr_scale" in controls:
+        out["lr_scale"] = _numbers("controls: lr_scale", controls["lr_scale"], 0.0, 1.0, ends=False)
+    return out
+
+
+def _names(value) -> str | list[str]:
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) and v for v in value):
+        raise ValueError
+    return value
+
+
+_names.what = "a name, or a list of names"  # type: ignore[attr-defined]
+_METRICS = {"weights": flag, "activations": flag, "modules": _names, "rows": count}
+
+
+def _metrics(given: Mapping[str, Any]) -> dict[str, Any]:
+    _known("metrics", given, tuple(_METRICS))
+    out = {}
+    for name, value in given.items():
+        read: Any = _METRICS[name]
+        try:
+            out[name] = read(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"metrics: {name} must be {read.what}; got {value!r}") from None
+    return out
 
 
 def _known(where: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -217,21 +253,29 @@ def _known(where: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
 
 
 def _numbers(where: str, values, low: float, high: float, ends: bool = True) -> list[float]:
-    good = isinstance(values, list) and values
-    for v in values if good else ():
-        number = isinstance(v, (int, float)) and not isinstance(v, bool)
-        good = good and number and (low <= v <= high if ends else low < v < high)
-    if not good:
+    out = []
+    try:
+        for v in values if isinstance(values, list) else [values]:
+            number = nonnegative(v)
+            if not (low <= number <= high if ends else low < number < high):
+                raise ValueError
+            out.append(number)
+        if not out:
+            raise ValueError
+    except (TypeError, ValueError):
         kind = f"in [{low:g}, {high:g}]" if ends else f"between {low:g} and {high:g}"
-        raise ValueError(f"{where} must be a list of numbers {kind}; got {values!r}")
-    return [float(v) for v in values]
+        raise ValueError(f"{where} must be a list of numbers {kind}; got {values!r}") from None
+    return out
 
 
 def _rule(rule: Mapping[str, Any]) -> tuple[str, float]:
-    rule = dict(rule)
-    if len(rule) > 1:  # merged over the default
-        rule.pop("best_sum")
-    ((name, number),) = rule.items() if len(rule) == 1 else (("", None),)
-    if name not in RULES or not isinstance(number, (int, float)) or isinstance(number, bool) or number < 0:
-        raise ValueError(f"rule must be one of {', '.join(RULES)} with a number, at least 0; got {rule!r}")
-    return name, float(number)
+    try:
+        ((name, number),) = (rule or {"best_sum": 1.0}).items()
+        number = nonnegative(number)
+        if name not in RULES or number == math.inf:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"rule must be one of {', '.join(RULES)} with a number, at least 0; got {dict(rule)!r}"
+        ) from None
+    return name, number

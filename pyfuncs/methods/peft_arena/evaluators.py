@@ -34,6 +34,10 @@ SEEDS = {"test": EVALUATION_SEED, "held_out": 2 * EVALUATION_SEED}
 Row = tuple[list[int], list[int]]
 
 
+class NotFinite(ValueError):
+    """A model's outputs, or a score of them, are not finite."""
+
+
 class Suite:
     """One evaluation; see the module.  ``questions`` are those of both splits, which training must not contain.
 
@@ -63,13 +67,17 @@ class Suite:
         self._score, self._sample = maker(self, **arguments)
 
     def score(self, model, tokenizer, split: str) -> float:
-        """The model's score on a split.  ValueError for another split, or a score that is no number."""
+        """The model's score on a split.  ValueError for another split, NotFinite for a score or outputs that are no
+        numbers."""
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
         with torch.no_grad(), evaluating(model):
-            score = float(self._score(model, tokenizer, split))
+            try:
+                score = float(self._score(model, tokenizer, split))
+            except NotFinite as error:
+                raise NotFinite(f"{self.where}: {error}") from None
         if not math.isfinite(score):
-            raise ValueError(f"{self.where}: the score is {score}")
+            raise NotFinite(f"{self.where}: the score is {score}")
         return score
 
     def sample(self, tokenizer, count: int) -> list[list[int]]:
@@ -80,7 +88,8 @@ class Suite:
 def label_stats(model, rows: list[Row], batch_size: int, pad: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(log-probability, whether it is the model's first choice) of each labelled token, row by row, on the CPU.
 
-    Only rows of hidden states that have a label meet the LM head; logits are never whole.
+    Only rows of hidden states that have a label meet the LM head; logits are never whole.  NotFinite where hidden
+    states or log-probabilities are not finite.
     """
     core, device = base_model(model), next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -95,11 +104,13 @@ def label_stats(model, rows: list[Row], batch_size: int, pad: int = 0) -> list[t
             ids[row, :n], labels[row, :n], mask[row, :n] = torch.tensor(rows[i][0]), torch.tensor(rows[i][1]), 1
         hidden = backbone(core)(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         keep = labels[:, 1:] != -100
-        head = output_head(core)
+        head, asked = output_head(core), hidden.last_hidden_state[:, :-1][keep.to(device)]
         found = linear_stats(
-            hidden.last_hidden_state[:, :-1][keep.to(device)], head.weight, labels[:, 1:][keep].to(device),
+            asked, head.weight, labels[:, 1:][keep].to(device),
             stats=("logp", "hit"), bias=head.bias, scale=head.scale, softcap=head.softcap,
         )  # fmt: skip
+        if not bool(asked.isfinite().all() and found.logp.isfinite().all()):
+            raise NotFinite("the model's outputs are not finite")
         counts = keep.sum(1).tolist()
         for i, logp, hit in zip(batch, found.logp.cpu().split(counts), found.hit.cpu().split(counts), strict=True):
             out[i] = logp, hit
@@ -208,10 +219,13 @@ def _nll(suite, text, args=None, size=16, length=128):
 
     def sample(tokenizer, split: str) -> list[Row]:
         ids = tokenizer(content, add_special_tokens=False)["input_ids"]
-        windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        # a text that repeats itself has windows that are alike: each once, so that none is in both splits
+        windows = [*map(list, dict.fromkeys(
+            tuple(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)
+        ))]  # fmt: skip
         mine = windows[SPLITS.index(split) :: 2]
         if not mine:
-            raise ValueError(f"{suite.where}: {len(ids)} tokens are too few for two windows of {length}")
+            raise ValueError(f"{suite.where}: {len(ids)} tokens are too few for two different windows of {length}")
         # spread over the text, not its beginning
         return [(w, w) for w in mine[:: max(1, len(mine) // size)][:size]]
 
@@ -224,6 +238,14 @@ def _nll(suite, text, args=None, size=16, length=128):
 
 def _choice(suite, rows, args=None, size=64, normalise=True):
     found = _rows(suite, rows, args, size, ("prompt", "options", "answer"))
+    for p in (p for split in SPLITS for p in found(split)):
+        options, answer = p["options"], p["answer"]
+        if not isinstance(options, (list, tuple)) or not options or not all(isinstance(o, str) for o in options):
+            raise ValueError(f"{suite.where}: options must be a list of strings, not empty; got {options!r}")
+        if type(answer) is not int or not 0 <= answer < len(options):
+            raise ValueError(
+                f"{suite.where}: answer must be the number of an option, from 0 to {len(options) - 1}; got {answer!r}"
+            )
 
     def sample(tokenizer, split: str) -> list[Row]:
         return [encode(tokenizer, p["prompt"], option) for p in found(split) for option in p["options"]]
@@ -245,25 +267,37 @@ def _rows(suite: Suite, source: str, args, size: int, *forms: tuple[str, ...]) -
     """split -> rows of a file (every other one) or of function(split=, size=, **args)."""
     size = _size(suite, size)
 
+    def form_of(row: dict) -> tuple[str, ...] | None:
+        return next((form for form in forms if all(column in row for column in form)), None)
+
     def checked(rows: list[dict]) -> list[dict]:
         if not rows:
             raise ValueError(f"{suite.where}: {source} has no rows")
         for row in rows:
-            if not any(all(column in row for column in form) for form in forms):
+            if form_of(row) is None:
                 needed = " or ".join(", ".join(form) for form in forms)
                 raise ValueError(f"{suite.where}: a row of {source} needs {needed}; got {', '.join(row)}")
         return rows
+
+    def apart(drawn: dict[str, list[dict]]) -> Callable[[str], list[dict]]:
+        held, test = ({repr([row[c] for c in form_of(row) or ()]): row for row in drawn[s]} for s in SPLITS)
+        shared = [row for key, row in held.items() if key in test]
+        if shared:
+            raise ValueError(
+                f"{suite.where}: {source} has {len(shared)} rows in both of {', '.join(SPLITS)}; the first is "
+                f"{str(shared[0])[:80]}"
+            )
+        return lambda split: drawn[split]
 
     if Path(source).is_file():
         every = checked([row for _, row in jsonl_rows(source)])
         if len(every) < 2:
             raise ValueError(f"{suite.where}: {source} has too few rows for two splits")
-        return lambda split: every[SPLITS.index(split) :: 2][:size]
+        return apart({split: every[i::2][:size] for i, split in enumerate(SPLITS)})
     if ":" not in source:
         raise ValueError(f"{suite.where}: rows {source}: no such file, and no MODULE:FUNCTION")
     function = load_function(source, f"{suite.where}: rows")
-    drawn = {split: checked(list(function(split=split, size=size, **(args or {})))) for split in SPLITS}
-    return lambda split: drawn[split]
+    return apart({split: checked(list(function(split=split, size=size, **(args or {})))) for split in SPLITS})
 
 
 _MAKERS: dict[str, Callable] = {"task": _task, "exact": _exact, "nll": _nll, "choice": _choice}

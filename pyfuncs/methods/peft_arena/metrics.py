@@ -24,6 +24,18 @@ def batches_of(rows: Sequence[Sequence[int]], size: int, device) -> list[dict[st
     return out
 
 
+def check(model: torch.nn.Module, modules: str | Sequence[str] = "paper8") -> list[str]:
+    """The names of the modules that ``measure`` reads; meta tensors do.  ValueError for those that are not there, or
+    have no matrix of weights."""
+    names = choose_modules(model, modules)
+    for name in names:
+        module = model.get_submodule(name)
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or isinstance(module, torch.nn.Embedding):
+            raise ValueError(f"modules: {name} is {type(module).__name__}, which is no linear layer")
+    return names
+
+
 def measure(
     base: torch.nn.Module, tuned: torch.nn.Module, pre: Mapping[str, torch.Tensor], post: Mapping[str, torch.Tensor],
     rows: Mapping[str, Sequence[Sequence[int]]], *, modules: str | Sequence[str] = "paper8", weights: bool = True,
@@ -38,8 +50,10 @@ def measure(
 
     ValueError for modules that are not there.  What is not finite is left out.
     """
-    names = choose_modules(base, modules)
     out: dict[str, float] = {}
+    if not weights and not activations:
+        return out
+    names = choose_modules(base, modules)
     if weights:
         matrices = [f"{n}.weight" for n in names]
         found = geometry.average(geometry.weight_geometry(pre, post, matrices))

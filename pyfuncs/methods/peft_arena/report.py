@@ -83,7 +83,7 @@ def tables(summary: Summary) -> Iterator[Table]:
             [
                 label,
                 _cell(m["hypervolume"]),
-                _cell(m["retention_at"], seeds=seeds),
+                _cell(m["retention_at"], seeds=m.get("seeds", seeds)),
                 *(_cell(m["best_target"][x]) for x in limits),
             ]
             for label, m in summary["methods"].items()
@@ -96,7 +96,7 @@ def tables(summary: Summary) -> Iterator[Table]:
             f"{r['label']} {r['rate']:g}", r["path"], _cell(r["final"]["target"]), _cell(r["final"]["retention"]),
             f"{r['chosen']['alpha']['mean']:.2f}", f"{r['chosen']['distance']['mean']:.2f}",
             _cell(r["chosen"]["target"]), _cell(r["chosen"]["retention"]),
-            *(_cell(r["against"].get(c), signed=True, seeds=seeds) for c in controls),
+            *(_cell(r["against"].get(c), True, seeds if c in r["against"] else 0) for c in controls),
         ])  # fmt: skip
     if rows:
         yield (
@@ -132,7 +132,7 @@ def _opening(summary: Summary) -> str:
 def _cell(x: Estimate | None, signed: bool = False, seeds: int = 0) -> str:
     """A mean with its interval, and of how many seeds where they are fewer than ``seeds``."""
     if x is None:
-        return "-"
+        return f"- (0 of {seeds})" if seeds else "-"
     half = "" if x["half"] is None else f" ± {x['half']:.3f}"
     few = f" ({x['n']} of {seeds})" if x["n"] < seeds else ""
     return (f"{x['mean']:+.3f}" if signed else f"{x['mean']:.3f}") + half + few

@@ -28,8 +28,14 @@ def reversals(size: int, split: str = "train") -> list[dict]:
 
 
 def sums(size: int, split: str = "train") -> list[dict]:
-    """prompt and completion of sums of two digits."""
-    entries = load_task(OTHER, size=size, seed=_SEEDS[split], **OTHER_ARGUMENTS).entries
+    """prompt and completion of sums of two digits; none of the tests is held out."""
+    found = load_task(OTHER, size=4 * size, seed=_SEEDS[split], **OTHER_ARGUMENTS).entries
+    taken: set[str] = set()
+    if split == "held_out":
+        taken |= {
+            e["question"] for e in load_task(OTHER, size=4 * size, seed=_SEEDS["test"], **OTHER_ARGUMENTS).entries
+        }
+    entries = [e for e in found if e["question"] not in taken][:size]
     return [{"prompt": f"Question: {e['question'].strip()}\nAnswer:", "completion": f" {e['answer']}"} for e in entries]
 
 

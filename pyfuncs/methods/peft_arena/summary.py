@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +49,24 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
         hypervolume: over the seed's points, above (the base model's target, 0);
         best_target: for each limit of forgetting, the target on the tests at the rate that is best within it on the
             held-out suites; the base model's where none is;
-        retention_at: retention at ``matched``, on the straight lines between the base model and the method's points.
+        retention_at: retention at ``matched``, on the straight lines between the base model and the method's points, of
+            the seeds that reach it; seeds: of how many.
     matched: the target that every method reaches: the least of their best.
     front: labels and rates of the points that nothing dominates, of the means over seeds.
     rewinding: each method and path at its highest rate: the final model, and the point chosen on held-out suites,
         tested; against each control, the retention of the path less the control's at the control's own target, on
         held-out suites, in which nothing is chosen.
-    diverged: runs whose weights are no longer finite; they count nowhere else.
+    diverged: runs whose weights or outputs are no longer finite; they count nowhere else.
     correlations: of each metric with forgetting and with target over all runs: Pearson, Spearman, runs.
 
     ValueError where no run but controls is finished.
     """
     diverged = [r["run"] for r in runs if r.get("diverged")]
     runs = [r for r in runs if not r.get("diverged")]
-    by = _grouped(runs, lambda r: (r["run"]["label"], r["run"]["rate"], r["run"]["steps"], r["run"]["control"]))
+    tops: dict[str, float] = {}
+    for r in (r["run"] for r in runs if not r["run"]["control"]):
+        tops[r["label"]] = max(r["rate"], tops.get(r["label"], 0.0))
+    by = _grouped(runs, lambda r: (r["run"]["label"], r["run"]["rate"], r["run"]["steps"], _control(r["run"], tops)))
     rows = [_row(key, group) for key, group in by.items()]
     rows.sort(key=lambda r: (r["label"], r["control"], r["rate"]))
     methods = _grouped([r for r in runs if not r["run"]["control"]], lambda r: r["run"]["label"])
@@ -74,6 +78,8 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
     }
     matched = min(best.values())
     trained = [r for r in rows if not r["control"]]
+    # a seed of which every run diverged does not reach the target either
+    trained_of = _grouped([*diverged, *(r["run"] for r in runs)], lambda r: r["label"])
     points = [Scored(r["target"]["mean"], r["retention"]["mean"], name=f"{r['label']} {r['rate']:g}") for r in trained]
     return {
         "base": {a: estimate(_test(r["base"], a) for r in _seeds(runs).values()) for a in ("target", "retention")},
@@ -81,9 +87,12 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
         "suites": sorted(runs[0]["base"]["test"]["suites"]),
         "rows": rows,
         "matched": matched,
-        "methods": {label: _method(group, matched, limits) for label, group in methods.items()},
+        "methods": {
+            label: {**_method(group, matched, limits), "seeds": len({r["seed"] for r in trained_of[label]})}
+            for label, group in methods.items()
+        },
         "front": [p.name for p in pareto_front(points)],
-        "rewinding": _rewinding([r for r in runs if r["run"]["label"] in methods]),
+        "rewinding": _rewinding([r for r in runs if r["run"]["label"] in methods], tops),
         "correlations": _correlations(runs),
         "runs": len(runs),
         "diverged": [f"{r['label']} {r['rate']:g}, seed {r['seed']}" for r in diverged],
@@ -154,16 +163,28 @@ def _method(group: list[dict], matched: float, limits: Sequence[float]) -> dict[
     }  # fmt: skip
 
 
-def _rewinding(runs: Sequence[dict]) -> list[dict[str, Any]]:
+def _control(run: dict, tops: Mapping[str, float]) -> str:
+    """A control's name.  The rate that it was made from may not be the method's highest any longer: what its own rate
+    is of that one says the same of all."""
+    control, top = run["control"], tops.get(run["label"])
+    if not control or top is None:
+        return control
+    ratio = f"lr x {run['rate'] / top:g}"
+    if control.startswith("lr x "):
+        return ratio
+    return control if run["rate"] == top else f"{ratio}, {control}"
+
+
+def _rewinding(runs: Sequence[dict], tops: Mapping[str, float]) -> list[dict[str, Any]]:
     out = []
     for label, group in _grouped(runs, lambda r: r["run"]["label"]).items():
-        top = max(r["run"]["rate"] for r in group if not r["run"]["control"])
+        top = tops[label]
         full = {r["run"]["seed"]: r for r in group if not r["run"]["control"] and r["run"]["rate"] == top}
-        controls = _grouped([r for r in group if r["run"]["control"]], lambda r: r["run"]["control"])
+        controls = _grouped([r for r in group if r["run"]["control"]], lambda r: _control(r["run"], tops))
         # a lower rate of the grid is a control too
         for rate in sorted({r["run"]["rate"] for r in group if not r["run"]["control"]} - {top}):
             less = [r for r in group if not r["run"]["control"] and r["run"]["rate"] == rate]
-            controls.setdefault(f"lr x {rate / top:.1g}", less)
+            controls.setdefault(f"lr x {rate / top:g}", []).extend(less)
         for name in sorted({n for r in full.values() for n in r["paths"]}):
             paths = {seed: r["paths"][name] for seed, r in full.items() if name in r["paths"]}
             found = {

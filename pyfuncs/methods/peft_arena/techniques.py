@@ -88,7 +88,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear, bool]]:
 def trainable_parameters(model, name: str, **arguments) -> int:
     """Parameters that a technique trains: of a model (the meta device does) or of a transformers config.
 
-    ValueError for an unknown technique or argument.
+    ValueError for an unknown technique or argument, or a model without linear layers for an adapter.
     """
     row, model = technique(name), _model(model)
     return _count(row, model, shapes(model), row.arguments(arguments))
@@ -115,8 +115,8 @@ def match_budget(model, name: str, budget: int, **arguments) -> Budget:
     """The size (rank, block, ...) whose count is nearest to ``budget`` by ratio; ``arguments`` are the others.
 
     Sizes that HF PEFT would change to fit the model's layers (blocks that do not divide their inputs) are passed over.
-    A technique without a size is counted as it is, so read ``mismatch``.  ValueError for a budget below 1, or a size
-    that is given too.
+    A technique without a size is counted as it is, so read ``mismatch``.  ValueError for a budget below 1, a size
+    that is given too, or a model without linear layers.
     """
     row, model = technique(name), _model(model)
     if type(budget) is not int or budget < 1:
@@ -124,7 +124,7 @@ def match_budget(model, name: str, budget: int, **arguments) -> Budget:
     if row.size is not None and row.size in arguments:
         raise ValueError(f"method {name}: {row.size} is what a budget sets; give one of the two")
     found = shapes(model)
-    if row.size is None:
+    if row.size is None or not found:
         full = row.arguments(arguments)
         return Budget(name, full, _count(row, model, found, full), budget)
     narrowest = min(min(out, into) for out, into, _ in found)
@@ -133,8 +133,8 @@ def match_budget(model, name: str, budget: int, **arguments) -> Budget:
         if row.size.endswith("block_size"):
             if any(into % size for _, into, _ in found):
                 continue
-        elif row.family == "lora" and size > narrowest:
-            break
+        elif row.count in _FACTORS and size > narrowest:
+            break  # a product of two factors has no higher rank
         full = row.arguments({**arguments, row.size: size})
         one = Budget(name, full, _count(row, model, found, full), budget)
         if best is None or abs(math.log(one.parameters / budget)) < abs(math.log(best.parameters / budget)):
@@ -207,7 +207,14 @@ def _model(model) -> nn.Module:
 
 
 def _count(row: Technique, model: nn.Module, found: list[Shape], arguments: Mapping[str, Any]) -> int:
-    return sum(p.numel() for p in model.parameters()) if row.count is None else row.count(found, arguments)
+    if row.count is None:
+        return sum(p.numel() for p in model.parameters())
+    if not found:
+        raise ValueError(
+            f"method {row.name}: {type(model).__name__} has no layer that is counted: torch.nn.Linear ones but the "
+            "output head are (GPT-2's are Conv1D)"
+        )
+    return row.count(found, arguments)
 
 
 def block_size(into: int, size: int) -> int:
@@ -306,6 +313,8 @@ def _miss_config(steps: int, a: Mapping[str, Any]) -> Any:
 
 
 _RANKS = tuple(range(1, 1025))
+#: Counts of the techniques whose r is the rank of two factors of each layer.
+_FACTORS = (_low_rank, _dora, _adalora)
 _BLOCKS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 _LOW_RANK = {"r": 8, "alpha": None, "dropout": 0.05}
 

@@ -41,6 +41,7 @@ def train(config: Config, run: Run, model, tokenizer, rows: list[dict], folder: 
     from datasets import Dataset
 
     settings = {**run.settings(), **{k: config[k] for k in DECIDES}}
+    del settings["control"]  # a name: a control that becomes a rate of the grid goes on from its checkpoint
     begun = folder.is_dir() and any(folder.iterdir())
     directory = RunDirectory({"output": str(folder), "resume": begun, "overwrite": False, **settings}, RECORD)
     options = {

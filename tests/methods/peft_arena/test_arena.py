@@ -1,5 +1,6 @@
 """Whole arenas: what a run writes, what a killed one does again, how several processes share the runs."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -88,9 +89,9 @@ def test_a_cut_training_has_the_bits_of_a_whole_one(model, tmp_path, monkeypatch
     run = Run(name, name, full, 1e-2, 7, 3, "", 0, None)
     rows = arenas.toy.rows("prefix", 64)
 
-    def go(folder):
+    def go(folder, control=""):
         net, tok = load_model(model)
-        trained = train.train(config, run, net, tok, rows, folder)
+        trained = train.train(config, dataclasses.replace(run, control=control), net, tok, rows, folder)
         return snapshot(trained.model), trained.loss
 
     whole, loss = go(tmp_path / "whole")
@@ -109,7 +110,7 @@ def test_a_cut_training_has_the_bits_of_a_whole_one(model, tmp_path, monkeypatch
     again, losses = go(tmp_path / "cut")
     assert len(count) == 6 + 3 and losses == loss
     assert all(torch.equal(x, again[n]) for n, x in whole.items())
-    third, _ = go(tmp_path / "cut")
+    third, _ = go(tmp_path / "cut", "lr x 0.5")  # as a control it is the same training
     assert len(count) == 9 and all(torch.equal(x, third[n]) for n, x in whole.items())
 
 
@@ -203,12 +204,85 @@ def test_an_arena_may_grow_and_not_change(model, tmp_path):
         Arena(make_config(arenas.values(model, tmp_path / "full")))
 
 
+@pytest.mark.parametrize("modules, message", [
+    (["q_proj", "nope"], "metrics: modules: nope is no module of the model"),
+    ("mlp", "metrics: modules: model.layers.0.mlp is LlamaMLP, which is no linear layer"),
+])  # fmt: skip
+def test_modules_are_looked_for_before_any_training(model, tmp_path, modules, message):
+    with pytest.raises(ValueError, match=message):
+        Arena(make_config(arenas.values(model, tmp_path / "out", metrics={"modules": modules})))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_control_that_becomes_a_rate_of_the_grid_is_run_again(model, tmp_path):
+    method = {"method": "oft", "block_size": 16}
+    more = {"metrics": {"weights": False, "activations": False}}
+    values = arenas.values(
+        model, tmp_path / "out", methods=[{**method, "lr": 1e-2}], controls={"lr_scale": [0.5]}, **more
+    )
+    arena = Arena(make_config(values))
+    arena.run()
+    control = next(r for r in arena.runs if r.control)
+    assert arena.done(control) and not json.loads(arena.path(control).read_text())["paths"]
+    grown = Arena(make_config({**values, "methods": [{**method, "lr": [5e-3, 1e-2]}]}))
+    run = next(r for r in grown.runs if r.rate == 5e-3)
+    assert run.name == control.name and not grown.done(run)
+    grown.run()
+    assert grown.done(run) and json.loads(grown.path(run).read_text())["paths"]
+    # the other way round it has all that a control has
+    assert arena.done(control)
+
+
+def test_metrics_may_change(model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    before = make_config(arenas.values(model, out, metrics={"modules": "nope"}))
+    (out / arena_module.RECORD).write_text(json.dumps(dict(before.values)))
+    Arena(make_config(arenas.values(model, out, metrics={"modules": "q_proj", "rows": 2})))
+
+
+def test_the_rule_that_an_earlier_version_wrote(model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    config = make_config(arenas.values(model, out, rule={"best_target": "5e-2"}))
+    before = {**config.values, "rule": {"best_sum": 1.0, "best_target": 0.05}}
+    (out / arena_module.RECORD).write_text(json.dumps(before))
+    Arena(config)
+
+
 def test_a_run_that_diverges_is_said_and_left_out(model, tmp_path, capsys):
     values = arenas.values(model, tmp_path / "out", methods=[{"method": "full", "lr": [1e-3, 1e30]}])
     Arena(make_config(values)).run()
     assert "Diverged, and left out: full 1e+30, seed 0." in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "report.json").read_text())["runs"] == 1
     assert not list((tmp_path / "out" / "training").glob("*"))
+
+
+@pytest.mark.parametrize("evaluator", ["exact", "task"])
+def test_a_run_whose_outputs_are_not_finite_has_diverged(model, tmp_path, monkeypatch, capsys, evaluator):
+    from burnish.methods.peft_arena import train
+
+    trained = train.train
+
+    def explodes(config, run, *args):
+        made = trained(config, run, *args)
+        if run.rate == 1e-2:
+            with torch.no_grad():
+                made.model.model.norm.weight.fill_(1e30)
+                made.model.lm_head.weight.mul_(1e30)
+        return made
+
+    monkeypatch.setattr(train, "train", explodes)
+    values = arenas.values(model, tmp_path / "out", methods=[{"method": "full", "lr": [1e-3, 1e-2]}])
+    if evaluator == "task":  # greedy answers of NaNs are wrong, and no more
+        task = {"evaluator": "task", "task": "chain_sum", "size": 2, "max_new_tokens": 2}
+        values |= {"target": {"sums": task}, "retention": {"more": {**task, "task": "basic_arithmetic"}}}
+    Arena(make_config(values)).run()
+    said = capsys.readouterr()
+    assert "Diverged, and left out: full 0.01, seed 0." in said.out
+    assert "diverged: the model's outputs are not finite" in said.err
+    file = next((tmp_path / "out" / "runs").glob("full-lr0.01-*.json"))
+    assert json.loads(file.read_text())["diverged"] is True and not list((tmp_path / "out" / "training").glob("*"))
 
 
 def test_what_is_kept_loads_as_the_trained_model(model, tmp_path):

@@ -1,5 +1,6 @@
 """An arena's file: errors name the option and what it got; which runs it asks for."""
 
+import json
 from pathlib import Path
 
 import arenas
@@ -31,7 +32,18 @@ def config(tmp_path, **more):
     ({"rewind": {"alpha": 1}}, "rewind has grid, variants, power; got 'alpha'"),
     ({"controls": {"steps": [4]}}, "steps must be whole numbers below 4; got 4"),
     ({"controls": {"lr_scale": [1.0]}}, "between 0 and 1"),
+    ({"rule": {"best_sum": 1, "best_target": 0.1}}, "rule must be one of .*; got {'best_sum': 1, 'best_target': 0.1}"),
+    ({"rule": {"furthest": 1, "best_target": 0.1}}, "rule must be one of"),
+    ({"rule": {"furthest": "much"}}, "with a number, at least 0; got {'furthest': 'much'}"),
+    ({"rewind": {"variants": "dense"}}, "variants are line, scale, generator, safe, min; got 'dense'"),
+    ({"rewind": {"grid": ["x"]}}, r"rewind: grid must be a list of numbers in \[0, 1\]; got \['x'\]"),
+    ({"controls": {"lr_scale": []}}, "between 0 and 1"),
+    ({"controls": {"steps": "2"}}, "steps must be whole numbers below 4; got '2'"),
     ({"rule": {"best": 1}}, "rule must be one of best_target, furthest, best_sum with a number"),
+    ({"metrics": {"rows": "abc"}}, "metrics: rows must be a whole number, at least 1; got 'abc'"),
+    ({"metrics": {"rows": 0}}, "metrics: rows must be a whole number, at least 1; got 0"),
+    ({"metrics": {"weights": "maybe"}}, "metrics: weights must be true or false; got 'maybe'"),
+    ({"metrics": {"modules": [3]}}, r"metrics: modules must be a name, or a list of names; got \[3\]"),
     ({"metrics": {"weight": True}}, "metrics has weights, activations, modules, rows; got 'weight'"),
     ({"retention": {}}, "retention: at least one suite is needed"),
     ({"retention": {"prefix": arenas.suite("copy")}}, "the suite 'prefix' is of both"),
@@ -70,6 +82,29 @@ def test_defaults(tmp_path):
     assert config(tmp_path, rewind={"variants": ["line"]}).paths("lora") == ()
     assert c["training"]["adam_beta2"] == 0.95
     assert config(tmp_path, training={"adam_beta2": 0.5})["training"]["max_grad_norm"] == 1.0
+
+
+def test_numbers_may_be_text_and_lists_of_one_bare(tmp_path):
+    text = config(
+        tmp_path, rewind={"grid": ["1e-1", 0.5], "variants": "line", "power": "5e-1"}, rule={"best_target": "2e-2"},
+        controls={"lr_scale": ["1e-1"], "steps": 2},
+    )  # fmt: skip
+    plain = config(
+        tmp_path, rewind={"grid": [0.1, 0.5], "variants": ["line"], "power": 0.5}, rule={"best_target": 0.02},
+        controls={"lr_scale": [0.1], "steps": [2]},
+    )  # fmt: skip
+    assert text == plain and text.grid == (0.0, 0.1, 0.5, 1.0) and text.rule == ("best_target", 0.02)
+    assert text.variants == ("line",) and config(tmp_path, controls={"lr_scale": "5e-1"})["controls"]["lr_scale"] == [
+        0.5
+    ]
+
+
+def test_two_rules_of_a_file_are_refused(tmp_path):
+    file = tmp_path / "a.yaml"
+    values = arenas.values("m", tmp_path / "out", rule={"best_sum": 2.0, "best_target": 0.05})
+    file.write_text("\n".join(f"{k}: {json.dumps(v)}" for k, v in values.items()))
+    with pytest.raises(ValueError, match="rule must be one of"):
+        read_config(str(file))
 
 
 def test_the_file_of_the_documentation():

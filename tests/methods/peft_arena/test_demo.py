@@ -34,6 +34,8 @@ def test_smollm2s_arena():
     assert config.model(0) == "x/base" and config["seeds"] == [0] and len(smollm.reference()) > 200_000
     rows = {s: {r["prompt"] for r in smollm.reversals(16, s)} for s in ("held_out", "test")}
     rows["train"] = {r["prompt"] for r in smollm.reversals(512)}
+    sums = {s: [r["prompt"] for r in smollm.sums(16, s)] for s in ("held_out", "test")}
+    assert len(sums["held_out"]) == len(sums["test"]) == 16 and not {*sums["held_out"]} & {*sums["test"]}
     assert len(rows["held_out"]) == len(rows["test"]) == 16
     assert not rows["train"] & (rows["held_out"] | rows["test"]) and not rows["held_out"] & rows["test"]
 

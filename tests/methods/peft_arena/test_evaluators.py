@@ -47,16 +47,17 @@ def test_label_stats_are_plain_torch(model):
 def test_exact_is_the_greedy_answer(model, tok, tmp_path):
     """A row counts where generation gives its text; rows are made so that some do."""
     rows = []
-    for i, prompt in enumerate(("1+2=", "7+", "abc", "x y", "09")):
+    for i, prompt in enumerate(("1+2=", "7+", "abc", "x y", "09", "3+4=", "8-", "xyz", "a b", "57")):
         ids = torch.tensor([tok(prompt)["input_ids"]])
         out = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
         answer = tok.decode(out[0, ids.shape[1] :])
-        rows.append({"prompt": prompt, "completion": answer if i % 2 else answer[:-1] + "@"})
-    usable = [r for r in rows if "<" not in r["completion"]]
+        if tok(prompt + answer)["input_ids"] != out[0].tolist():
+            continue  # other tokens than the model's spell it
+        rows.append({"prompt": prompt, "completion": answer if i % 3 else answer[:-1] + "@"})
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in usable * 2))
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     suite = Suite("x", {"evaluator": "exact", "rows": str(file)})
-    want = {s: [r for r in (usable * 2)[i::2]] for i, s in enumerate(SPLITS)}
+    want = {s: rows[i::2] for i, s in enumerate(SPLITS)}
     for split in SPLITS:
         right = [not r["completion"].endswith("@") for r in want[split]]
         assert suite.score(model, tok, split) == sum(right) / len(right)
@@ -86,7 +87,7 @@ def test_nll_is_the_likelihood(model, tok, tmp_path):
         with torch.no_grad():
             logp = torch.cat([plain(model, w, w)[0] for w in chosen])
         assert suite.score(model, tok, split) == pytest.approx(float(logp.mean().exp()), rel=1e-5)
-    with pytest.raises(ValueError, match="too few for two windows"):
+    with pytest.raises(ValueError, match="too few for two different windows of 500"):
         Suite("x", {"evaluator": "nll", "text": str(tmp_path / "text"), "length": 500}).score(model, tok, "test")
 
 
@@ -105,6 +106,21 @@ def test_choice_takes_the_likeliest_option(model, tok, tmp_path):
         given = {"evaluator": "choice", "rows": str(tmp_path / "rows")}
         assert Suite("x", given).score(model, tok, split) == 1
         assert Suite("x", {**given, "normalise": False}).score(model, tok, split) == sum(by_sum[i::2]) / 4
+
+
+@pytest.mark.parametrize("more, message", [
+    ({"answer": "1"}, "answer must be the number of an option, from 0 to 1; got '1'"),
+    ({"answer": 7}, "answer must be the number of an option, from 0 to 1; got 7"),
+    ({"answer": -1}, "got -1"),
+    ({"answer": True}, "got True"),
+    ({"options": "ab"}, "options must be a list of strings, not empty; got 'ab'"),
+])  # fmt: skip
+def test_an_answer_that_is_no_option_is_refused(tmp_path, more, message):
+    rows = [{"prompt": f"{i}", "options": ["a", "b"], "answer": 1} for i in range(4)]
+    rows[3] |= more
+    (tmp_path / "rows").write_text("".join(json.dumps(p) + "\n" for p in rows))
+    with pytest.raises(ValueError, match=f"^target: it: {message}" if message[0] in "ao" else message):
+        Suite("target: it", {"evaluator": "choice", "rows": str(tmp_path / "rows")})
 
 
 def test_a_function_and_splits(model, tok, monkeypatch):
@@ -127,6 +143,27 @@ def test_no_problem_is_in_two_splits():
             "chain_sum", size=1, seed=SEEDS[split], max_terms=2, max_digits=1).entries}  # fmt: skip
     assert len(suite.questions) == 40 and abs(SEEDS["test"] - SEEDS["held_out"]) > 10**5
     assert rows["test"] <= suite.questions
+
+
+def test_rows_in_both_splits_are_refused(tok, tmp_path, monkeypatch):
+    rows = [{"prompt": f"{i}+1=", "completion": "2"} for i in range(4)]
+    monkeypatch.setattr(tiny, "alike", lambda split, size: rows, raising=False)
+    with pytest.raises(ValueError, match=r"^retention: it: tiny_models:alike has 4 rows in both of held_out, test"):
+        Suite("retention: it", {"evaluator": "exact", "rows": "tiny_models:alike"})
+    file = tmp_path / "rows.jsonl"
+    given = {"evaluator": "exact", "rows": str(file)}
+    # other columns make no other row
+    file.write_text("".join(json.dumps({**r, "id": i}) + "\n" for i, r in enumerate([*rows, rows[1], rows[3]])))
+    with pytest.raises(ValueError, match=r"^x: .*rows.jsonl has 1 rows in both"):
+        Suite("x", given)
+    # ... of those that are read
+    Suite("x", {**given, "size": 2})
+
+
+def test_a_text_that_repeats_itself_has_each_window_once(tok, tmp_path):
+    (tmp_path / "text").write_text("0123456789" * 5 + "abcdefghij" * 5)
+    suite = Suite("x", {"evaluator": "nll", "text": str(tmp_path / "text"), "length": 10})
+    assert [tok.decode(w) for w in suite.sample(tok, 9)] == ["0123456789"]
 
 
 def test_encoding_labels_what_follows(tok):

@@ -89,6 +89,28 @@ def test_rewinding_against_its_controls():
     assert [p["target"] for p in r["curve"]] == pytest.approx([0.2, 0.4, 0.6])
 
 
+def test_controls_are_named_by_their_rate():
+    """5e-3 and its "5 steps" were made when 1e-2 was the highest rate."""
+    points = [(0.0, 0.0, 0.2, 0.9), (0.5, 0.5, 0.4, 0.88), (1.0, 1.0, 0.6, 0.6)]
+    runs = [
+        run("a", 2e-2, 0, both(0.6, 0.6), points=points),
+        run("a", 1e-2, 0, both(0.5, 0.7)),
+        run("a", 5e-3, 0, both(0.4, 0.8), control="lr x 0.5"),
+        run("a", 1e-2, 0, both(0.4, 0.7), control="5 steps"),
+        run("a", 2e-2, 0, both(0.5, 0.6), control="5 steps"),
+        run("a", 6.8e-3, 0, both(0.5, 0.5)),
+        run("a", 6e-3, 0, both(0.5, 0.4)),
+    ]
+    s = summarise(runs)
+    found = {c: e["mean"] for c, e in s["rewinding"][0]["against"].items()}
+    assert found == pytest.approx({
+        "lr x 0.5": 0.04, "lr x 0.25": 0.08, "lr x 0.5, 5 steps": 0.18, "5 steps": 0.14, "lr x 0.34": 0.24,
+        "lr x 0.3": 0.34,
+    })  # fmt: skip
+    controls = {(r["rate"], r["control"]) for r in s["rows"] if r["control"]}
+    assert controls == {(5e-3, "lr x 0.25"), (1e-2, "lr x 0.5, 5 steps"), (2e-2, "5 steps")}
+
+
 def test_an_arena_that_is_not_finished():
     runs = [r for r in arena() if r["run"]["control"] or r["run"]["label"] == "b"]
     s = summarise(runs)  # of a there are controls alone
@@ -126,6 +148,16 @@ def test_seeds_that_do_not_reach_a_target_are_counted():
     runs = [r for r in arena() if r["run"]["label"] != "b"]
     s = summarise(runs)  # the best mean is 0.65: seed 0 ends at 0.6
     assert s["methods"]["a"]["retention_at"]["n"] == 1 and " (1 of 2)" in markdown(s)
+
+
+def test_a_seed_that_diverged_reaches_no_target():
+    runs = [r for r in arena() if r["run"]["label"] == "a" and r["run"]["seed"] == 0]
+    lost = run("a", 1e-2, 1, None)["run"]
+    s = summarise([*runs, {"run": lost, "diverged": True}])
+    assert s["methods"]["a"]["retention_at"]["n"] == 1 and s["methods"]["a"]["seeds"] == 2
+    assert "(1 of 2)" in markdown(s)
+    s["methods"]["a"]["retention_at"] = None
+    assert "- (0 of 2)" in markdown(s)
 
 
 def test_one_seed_has_no_interval():

@@ -91,7 +91,7 @@ def test_budget_is_the_nearest(qwen):
             assert found.mismatch == found.parameters / budget - 1
             size = found.arguments[row.size]
             for other in (size - 1, size + 1, size // 2, size * 2):
-                bad = other not in row.sizes or (row.family == "lora" and other > 32)
+                bad = other not in row.sizes or ("alpha" in row.defaults and other > 32)
                 if bad or (row.size == "block_size" and any(i % other for _, i, _ in found_shapes)):
                     continue
                 far = trainable_parameters(TINY, name, **{row.size: other})
@@ -147,7 +147,23 @@ def test_ia3_is_of_a_language_model_with_its_feed_forward_layers():
 
 
 def test_gpt2s_layers_are_no_linear_ones():
-    assert shapes(__import__("transformers").GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1))) == []
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=1)
+    model = __import__("transformers").GPT2LMHeadModel(config)
+    assert shapes(model) == []
+    for name in ("lora", "oft", "ia3"):
+        message = f"method {name}: GPT2LMHeadModel has no layer that is counted: torch.nn.Linear ones but the output"
+        with pytest.raises(ValueError, match=message):
+            match_budget(config, name, 1000)
+        with pytest.raises(ValueError, match=message):
+            trainable_parameters(model, name)
+    assert trainable_parameters(config, "full") == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "pissa", "milora", "adalora"])
+def test_no_rank_is_above_the_narrowest_layers(name):
+    found = match_budget(TINY, name, 10**7)
+    assert found.arguments["r"] == 32  # of the key and value projections
+    apply(tiny(), name, 20, **found.arguments)
 
 
 @pytest.mark.parametrize("name, arguments, message", [
