@@ -105,8 +105,8 @@ class Cell:
         exact = y.detach(), *torch.autograd.grad(y, (x, w), self.dy.double())
         found = {}
         for name, f in self.rotations().items():
-            got = self.both(f, self.dy)
-            found[name] = max(float((a.detach().double() - e).norm() / e.norm()) for a, e in zip(got, exact, strict=True))
+            got = [a.detach().double() for a in self.both(f, self.dy)]
+            found[name] = max(float((a - e).norm() / e.norm()) for a, e in zip(got, exact, strict=True))
         return found
 
     def bytes(self, f) -> dict[str, float]:
