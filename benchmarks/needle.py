@@ -63,13 +63,16 @@ def markdown(result: dict) -> str:
     pairs = ", ".join(f"layer {i}: {x:.0f}" for i, x in sorted(d["mean_distance"].items(), key=lambda p: -p[1])[:3])
     g = d["g"]
     at = ", ".join(f"{g[tau] / g[1]:.1e} at {tau}" for tau in (4, 16, 64, 256) if tau < len(g))
+    straight = min(r2 for _, r2 in d["windows"].values()) > 0.9
     lines += [
         "",
         f"On {d['texts']} pieces of {d['length']} tokens of prose, next-token loss: g(tau) / g(1) is {at}. W of "
-        f"exp(-tau / W), in tokens: {fits}. One exponential does not describe it: the window depends on the distances "
-        f"fitted, so compare W before and after on the same ones. Mean attention distance by layer from {min(far):.0f} "
+        f"exp(-tau / W), in tokens: {fits}. "
+        + ("" if straight else "One exponential does not describe it: W depends on the distances fitted, so compare it "
+           "before and after on the same ones. ")
+        + f"Mean attention distance by layer from {min(far):.0f} "
         f"to {max(far):.0f} tokens ({pairs}).",
-    ]
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
