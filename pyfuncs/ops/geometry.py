@@ -18,7 +18,7 @@ DEFAULT_ROWS_GPU = 1024
 #: On a CPU a low-precision weight is cast up or packed twice a chunk: there chunks grow with the rows, as far as this.
 MOST_LOW_ROWS = 1024
 
-#: Packed operands and parts of results that the host's products hold for a moment.
+#: Packed operands and parts of results that the host's products hold for a moment: two MiB a thread, of eight threads.
 PACKED_BYTES = 16 << 20
 
 
