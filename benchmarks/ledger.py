@@ -360,7 +360,7 @@ def products_as_on_a_gpu():
         product = dz.float().t() @ x.float()
         into.copy_(product) if first else into.add_(product)
 
-    def mode(weight_dtype, compute_dtype, device, dtype):
+    def mode(weight_dtype, compute_dtype, device, dtype, backend):
         return "native" if weight_dtype == compute_dtype == dtype else "mixed"
 
     with contextlib.ExitStack() as stack:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -75,16 +75,22 @@ def process_index() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def meet() -> None:
-    """Wait until every process of the run is here.  A group that it has to make is gone afterwards."""
+@contextlib.contextmanager
+def meeting() -> Iterator[Callable[[], None]]:
+    """Lends a function that waits until every process of the run is there, as often as it is called.
+
+    A group that has to be made is made once, since a second one may meet what the first left, and is gone afterwards.
+    """
     import torch.distributed as dist
 
-    if dist.is_initialized():
-        dist.barrier()
-        return
-    dist.init_process_group("gloo")
-    dist.barrier()
-    dist.destroy_process_group()
+    made = not dist.is_initialized()
+    if made:
+        dist.init_process_group("gloo")
+    try:
+        yield dist.barrier
+    finally:
+        if made:
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

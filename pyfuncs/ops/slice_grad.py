@@ -35,9 +35,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-#: Rows by which the CPU's products are cut: within whole sixteens the vendor's library treats a row alike whatever
-#: rows stand beside it, so that a slice's gradient is the dense one to the bit; at other cuts one in three is not.
-PRODUCT_ROWS = 16
+#: Rows by which the CPU's products are cut: within such blocks the vendor's library treats a row alike whatever rows
+#: stand beside it, so that a slice's gradient is the dense one to the bit; at other cuts one in three is not.  16 do
+#: with AVX2; with AVX-512 a long sum over tokens into few columns needs whole blocks of 32 and of 48.
+PRODUCT_ROWS = 96
 
 
 def _rows_product(a: Tensor, start: int, stop: int, b: Tensor, room: Room) -> Tensor:
@@ -50,7 +51,7 @@ def _rows_product(a: Tensor, start: int, stop: int, b: Tensor, room: Room) -> Te
     step, end = PRODUCT_ROWS, a.shape[1]
     base = start // step * step
     a, b = a[:, base : min(-(-stop // step) * step, end)].to(dtype), b.to(dtype)
-    # whole sixteens in one product, which may end where the dense one ends; a ragged edge in a block of its own
+    # whole blocks in one product, which may end where the dense one ends; a ragged edge in a block of its own
     first = min(-(-start // step) * step, stop)
     last = stop if stop == end else max(first, stop // step * step)
     for lo, hi in ((start, first), (first, last), (last, stop)):

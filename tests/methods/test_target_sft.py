@@ -251,4 +251,5 @@ def test_plain_trainer(tmp_path, steps):
         history = losses(trainer)
         results.append(([*history, trainer.evaluate()["eval_loss"]], parameters(trainer)))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
-    check_equal(results[1][1], results[0][1], 2e-5)
+    # Adam divides a gradient near its epsilon by its own size: a hundredth of the learning rate
+    check_equal(results[1][1], results[0][1], 1e-4)

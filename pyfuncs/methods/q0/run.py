@@ -27,7 +27,7 @@ import torch
 
 from .. import checkpoints
 from ..models import check_model_name, load_model, load_tokenizer
-from ..processes import alone, meet, process_index, world_size
+from ..processes import alone, meeting, process_index, world_size
 from ..progress import show_loss
 from ..run_directory import RunDirectory, note, quiet_bars, set_aside, train_and_save, trainer_arguments, write_json
 from . import snapshots
@@ -82,19 +82,18 @@ def prepare(options: dict[str, Any]) -> Run:
 def train(run: Run) -> None:
     """All trajectories that are not done, then the prior; a summary goes to stdout."""
     options, directory = run.options, run.directory
-    first, together = process_index() == 0, world_size() > 1
-    if together:
-        meet()  # until all have looked at what is there
-    directory.path.mkdir(parents=True, exist_ok=True)
-    if first:
-        if options["overwrite"]:
-            for folder in directory.path.glob("trajectory-*"):
-                shutil.rmtree(folder)
-        write_json(directory.path / RECORD, options)
+    first = process_index() == 0
+    with meeting() if world_size() > 1 else contextlib.nullcontext(lambda: None) as wait:
+        wait()  # until all have looked at what is there
+        directory.path.mkdir(parents=True, exist_ok=True)
+        if first:
+            if options["overwrite"]:
+                for folder in directory.path.glob("trajectory-*"):
+                    shutil.rmtree(folder)
+            write_json(directory.path / RECORD, options)
+        wait()
     every = range(options["trajectories"])
     own = every if options["spread"] == "data" else every[process_index() :: world_size()]
-    if together:
-        meet()
     with _company(run):
         for number in own:
             folder = directory.path / f"trajectory-{number}"
