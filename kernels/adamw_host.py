@@ -11,9 +11,7 @@ import sys
 import torch
 
 from .adamw import QUANT_BLOCK, TILE, AdamWSpec, TileTable, Update, check, keys
-from .host_build import library
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # Type of convert.h
+from .host_build import TYPES, library
 
 
 class Launch(ctypes.Structure):
@@ -74,7 +72,7 @@ def adamw(
     }  # fmt: skip
     launch = Launch(
         **{name: x.data_ptr() for name, x in operands.items() if x is not None}, **scalars, tiles=len(table),
-        key=key["index"], m_key=key["m"], v_key=key["v"], weight_key=key["weight"], type=_TYPES[weights_dtype],
+        key=key["index"], m_key=key["m"], v_key=key["v"], weight_key=key["weight"], type=TYPES[weights_dtype],
         stochastic=spec.stochastic(weights_dtype), exact=spec.exact,
     )  # fmt: skip
     library().burnish_adamw(launch)

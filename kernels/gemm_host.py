@@ -6,6 +6,7 @@ Called through ctypes.  ``host_build`` has how the library comes to be.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 
@@ -23,6 +24,7 @@ def bind(lib: ctypes.CDLL) -> bool:
     return True
 
 
+@functools.cache  # asked before every product
 def supported() -> bool:
     """Whether there is a library, and this CPU, its system and the compiler have tiles; it is built if need be."""
     try:

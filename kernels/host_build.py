@@ -38,6 +38,8 @@ from torch import _appdirs
 from .host.flags import SOURCES, ahead_of_time_capability, compiler_flags
 
 FOLDER = Path(__file__).parent / "host"
+#: Type of convert.h
+TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 BUILD_SECONDS = 300  # after which a compiler is given up
 
 _log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ walk down its columns a page's translation a row.  Asked for before the first to
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 
 import torch
@@ -27,6 +28,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return x
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

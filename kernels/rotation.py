@@ -32,6 +32,8 @@ import math
 import torch
 from torch import Tensor
 
+from .launch import accumulator
+
 
 def block_size(entries: int) -> int:
     """b of b(b-1)/2 packed entries; 0 where no b has so many."""
@@ -142,7 +144,7 @@ def check(x: Tensor, delta: Tensor) -> None:
     blocks, b = delta.shape[:2]
     if x.shape[1] != blocks * b and (blocks != 1 or x.shape[1] % b):
         raise ValueError(f"x must be of {blocks} blocks of {b}; got {tuple(x.shape)}")
-    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wanted = accumulator(x.dtype)
     if delta.dtype != wanted:
         raise TypeError(f"delta must be {wanted} beside x of {x.dtype}; got {delta.dtype}")
     if delta.device != x.device:

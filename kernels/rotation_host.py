@@ -11,15 +11,13 @@ import sys
 import torch
 from torch import Tensor
 
-from .host_build import library
+from .host_build import TYPES, library
 from .rotation import check, check_backward, make_delta
 
 PAD = 16  # of rotation.cpp
 GROUP_COLUMNS = 1024  # of the blocks a thread works on: their panels and sums stay in its cache
 TASKS = 16  # of backward at least, where there are rows enough
 SHARE = 256  # rows of a task at least
-
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Type of convert.h
 
 
 class Launch(ctypes.Structure):
@@ -59,14 +57,14 @@ def _launch(x: Tensor, delta: Tensor, **more) -> Launch:
     """``delta`` is padded and lives with the launch."""
     if x.device.type != "cpu":
         raise ValueError(f"x must be on the CPU; got {x.device}")
-    if x.dtype not in _TYPES:
-        raise TypeError(f"x must be {' or '.join(str(d) for d in _TYPES)}; got {x.dtype}")
+    if x.dtype not in TYPES:
+        raise TypeError(f"x must be {' or '.join(str(d) for d in TYPES)}; got {x.dtype}")
     b = delta.shape[1]
     blocks, padded = x.shape[1] // b, -(-b // PAD) * PAD
     delta = torch.nn.functional.pad(delta, (0, padded - b)).contiguous()
     launch = Launch(
         x=x.data_ptr(), delta=delta.data_ptr(), rows=x.shape[0], blocks=blocks, size=b, padded=padded,
-        delta_stride=b * padded if len(delta) > 1 else 0, x_stride=x.stride(0), type=_TYPES[x.dtype],
+        delta_stride=b * padded if len(delta) > 1 else 0, x_stride=x.stride(0), type=TYPES[x.dtype],
         group=min(blocks, max(1, GROUP_COLUMNS // b)), **more,
     )  # fmt: skip
     launch.kept = delta

@@ -12,13 +12,12 @@ import torch
 
 from . import pages
 from .contract import COEF, STATE, STATISTICS, RowSpec, coefficients, finalize, new_state
-from .host_build import library, obstacle
+from .host_build import TYPES, library, obstacle
 
 __all__ = ["Launch", "bind", "check_against_twin", "fold", "fold_jsd", "grad", "library", "obstacle", "scaled"]
 
 BLOCK = 1024  # columns a thread holds at once; BLOCK of rows.cpp is the most, and 16 the least
 
-_TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _FLAGS = (
     "TEACHER", "MEAN", "SQUARE", "UNIFORM", "OTHER", "MIX", "FOLD_T", "CROSS", "T_ENTROPY", "T_LABEL", "HIT", "JSD",
     "TEMP", "T_TEMP", "MIX_MEAN",
@@ -79,7 +78,7 @@ def check_against_twin() -> None:
 # Calling
 
 
-def _check(name: str, x: torch.Tensor | None, shape: tuple[int, ...], dtypes=_TYPES) -> torch.Tensor:
+def _check(name: str, x: torch.Tensor | None, shape: tuple[int, ...], dtypes=TYPES) -> torch.Tensor:
     """What must hold for the C++ to stay within an operand."""
     if x is None:
         raise ValueError(f"{name} must be given for these statistics")
@@ -130,7 +129,7 @@ def _launch(
             _check(label, x, (rows, columns))
             setattr(launch, field, x.data_ptr())
             setattr(launch, f"{field}_stride", x.stride(0))
-            setattr(launch, f"{field}_type", _TYPES[x.dtype])
+            setattr(launch, f"{field}_type", TYPES[x.dtype])
     vector = [
         ("y", "target", target, (rows,), torch.int64, name != "fold_jsd"),
         ("inv_temp", "inv_temp", inv_temp, (rows,), acc, spec.temperature),
@@ -173,5 +172,5 @@ def grad(
 def scaled(x: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
     """factor x in ``dtype``, of a contiguous fp32 tensor: one pass, one rounding after the product's own in fp32."""
     out = pages.empty(*x.shape, dtype=dtype)
-    library().burnish_scaled(x.data_ptr(), factor, out.data_ptr(), _TYPES[dtype], x.numel())
+    library().burnish_scaled(x.data_ptr(), factor, out.data_ptr(), TYPES[dtype], x.numel())
     return out

@@ -56,22 +56,24 @@ struct Layout {
   int64_t entries() const { return (beside() ? ROWS * row : group * block) + PAD; }
 };
 
-// out[m] = in[m] + sum_k in[m][k] d[k], for MR rows and NV vectors of columns
-template <typename A, int MR, int NV>
-inline void turn_tile(const A* in, int64_t row, const A* d, int64_t p, int64_t depth, int64_t col, A* out) {
+// out[m] = start[m] + sum_k a[m][k] b[k], for MR rows and NV vectors of columns; a[m][k] is at a + m a_row + k, or at
+// a + k a_row + m where LINES run along m
+template <typename A, int MR, int NV, bool LINES>
+inline void tile(const A* start, int64_t start_row, const A* a, int64_t a_row, const A* b, int64_t b_row, int64_t depth,
+                 A* out, int64_t out_row) {
   constexpr int64_t w = Vec<A>::size();
   Vec<A> sum[MR][NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) sum[m][v] = load(in + m * row + col + v * w);
+    for (int v = 0; v < NV; v++) sum[m][v] = load(start + m * start_row + v * w);
   for (int64_t k = 0; k < depth; k++) {
     Vec<A> next[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) next[v] = load(d + k * p + col + v * w);
+    for (int v = 0; v < NV; v++) next[v] = load(b + k * b_row + v * w);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) {
-      const Vec<A> factor(in[m * row + k]);
+      const Vec<A> factor(LINES ? a[k * a_row + m] : a[m * a_row + k]);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) sum[m][v] = at::vec::fmadd(factor, next[v], sum[m][v]);
     }
@@ -79,33 +81,7 @@ inline void turn_tile(const A* in, int64_t row, const A* d, int64_t p, int64_t d
 #pragma GCC unroll 16
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) sum[m][v].store(out + m * row + col + v * w);
-}
-
-// dr[i + m] += sum over rows of x[row][i + m] dy[row], for MR rows of dr and NV vectors of columns
-template <typename A, int MR, int NV>
-inline void outer_tile(const A* x, const A* dy, int64_t row, int64_t p, int64_t rows, int64_t col, A* dr) {
-  constexpr int64_t w = Vec<A>::size();
-  Vec<A> sum[MR][NV];
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; m++)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) sum[m][v] = load(dr + m * p + col + v * w);
-  for (int64_t r = 0; r < rows; r++) {
-    Vec<A> next[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) next[v] = load(dy + r * row + col + v * w);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; m++) {
-      const Vec<A> factor(x[r * row + m]);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) sum[m][v] = at::vec::fmadd(factor, next[v], sum[m][v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; m++)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) sum[m][v].store(dr + m * p + col + v * w);
+    for (int v = 0; v < NV; v++) sum[m][v].store(out + m * out_row + v * w);
 }
 
 // Registers hold MR NV sums, NV vectors of a row and a factor: 32 with AVX-512, 16 with AVX2.
@@ -133,8 +109,10 @@ void turn(const A* in, const Layout& at, const A* d, int64_t rows, A* out) {
   const int64_t vectors = at.padded / w, row = at.row;
   for (int64_t v = 0; v < vectors;) {
 #define RUN(MR, NV)                                                                                             \
-  for (int64_t m = 0; m < rows; m += MR)                                                                        \
-    turn_tile<A, MR, NV>(in + m * row, row, d, at.padded, at.size, v * w, out + m * row);                       \
+  for (int64_t m = 0; m < rows; m += MR) {                                                                      \
+    const A* from = in + m * row;                                                                               \
+    tile<A, MR, NV, false>(from + v * w, row, from, row, d + v * w, at.padded, at.size, out + m * row + v * w, row); \
+  }                                                                                                             \
   v += NV;                                                                                                      \
   break;
     FOR_TILES(RUN)
@@ -148,8 +126,10 @@ void outer(const A* x, const A* dy, const Layout& at, int64_t rows, A* dr) {
   const int64_t vectors = at.padded / w, p = at.padded;
   for (int64_t v = 0; v < vectors;) {
 #define RUN(MR, NV)                                                                                             \
-  for (int64_t i = 0; i < at.size; i += MR)                                                                     \
-    outer_tile<A, MR, NV>(x + i, dy, at.row, p, rows, v * w, dr + i * p);                                       \
+  for (int64_t i = 0; i < at.size; i += MR) {                                                                   \
+    A* to = dr + i * p + v * w;                                                                                 \
+    tile<A, MR, NV, true>(to, p, x + i, at.row, dy + v * w, at.row, rows, to, p);                               \
+  }                                                                                                             \
   v += NV;                                                                                                      \
   break;
     FOR_TILES(RUN)

@@ -3,6 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
+
+
+def check_counts(options: Any, *names: str, least: int = 1) -> None:
+    """ValueError naming the first of these fields that is less than ``least``."""
+    for name in names:
+        if getattr(options, name) < least:
+            raise ValueError(f"{name.replace('_', '-')} must be at least {least}; got {getattr(options, name)}")
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """ValueError naming the first of these fields that is not greater than 0."""
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name.replace('_', '-')} must be > 0; got {getattr(options, name)}")
+
+
+def numbers(options: Any, *but: str) -> list[str]:
+    """The names of a demo's fields, in order, without ``output`` and those of ``but``."""
+    return [field.name for field in fields(options) if field.name not in ("output", *but)]
 
 
 @dataclass(frozen=True)
@@ -20,11 +40,8 @@ class DemoOptions:
 
     def check(self) -> DemoOptions:
         """Itself; ValueError for a value that cannot be."""
-        for name in ("steps", "batch_size", "problems"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning-rate must be > 0; got {self.learning_rate}")
+        check_counts(self, "steps", "batch_size", "problems")
+        check_positive(self, "learning_rate")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1]; got {self.eta}")
         if self.seed < 0:
@@ -49,10 +66,7 @@ class RecallDemoOptions:
 
     def check(self) -> RecallDemoOptions:
         """Itself; ValueError for a value that cannot be."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("output", "seed") and not value > 0:
-                raise ValueError(f"{field.name.replace('_', '-')} must be > 0; got {value}")
+        check_positive(self, *numbers(self, "seed"))
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0; got {self.seed}")
         return self

@@ -451,7 +451,7 @@ def _keep(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(table, dx, dw, db, inverse)
     ctx.needs = inputs[22]
-    ctx.host = inputs[-3] != "torch" and dispatch.resolve(inputs[-3], hidden.device, build=False) == "host"
+    ctx.host = dispatch.resolve(inputs[-3], hidden.device, build=False) == "host"
     ctx.inputs, ctx.teachers = len(inputs), len(inputs[9])
     ctx.kinds = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.save_for_backward(dx, dw, db, inverse)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.rotation import block_size, skew
 from .blend import BLOCK, blend_, working
 from .path import WeightPath
 from .selectors import Selection, Selector
@@ -225,12 +226,7 @@ class OFTGenerator(_AdapterPath):
     def generator(self, name: str) -> torch.Tensor:
         """The skew matrices Q of a weight's blocks, (blocks, b, b) in fp32 (fp64 where the adapter is)."""
         flat = self.adapter.tensors.tensor(self.modules[name]["oft_R"])
-        flat = flat.to(working(flat.dtype))
-        size = (1 + math.isqrt(1 + 8 * flat.shape[1])) // 2
-        rows, columns = torch.triu_indices(size, size, 1)
-        skew = flat.new_zeros(flat.shape[0], size, size)
-        skew[:, rows, columns] = flat
-        return skew - skew.transpose(1, 2)
+        return skew(flat, block_size(flat.shape[1]), working(flat.dtype))
 
     def rotation(self, name: str, t: float = 1.0) -> torch.Tensor:
         """R at t, (blocks, b, b)."""

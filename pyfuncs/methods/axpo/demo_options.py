@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..demo_options import check_counts
+
 
 @dataclass(frozen=True)
 class AXPODemoOptions:
@@ -16,7 +18,5 @@ class AXPODemoOptions:
 
     def check(self) -> AXPODemoOptions:
         """Itself; ValueError for a value that cannot be."""
-        for name in ("seeds", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_counts(self, "seeds", "steps")
         return self

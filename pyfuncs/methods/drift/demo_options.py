@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..demo_options import check_counts, check_positive, numbers
+
 
 @dataclass(frozen=True)
 class DriftDemoOptions:
@@ -23,11 +25,8 @@ class DriftDemoOptions:
 
     def check(self) -> DriftDemoOptions:
         """Itself; ValueError for a value that cannot be."""
-        for name in ("seeds", "prompts", "trajectories", "turns", "steps", "batch_size", "reference_steps", "problems"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning-rate must be > 0; got {self.learning_rate}")
+        check_counts(self, *numbers(self, "learning_rate"))
+        check_positive(self, "learning_rate")
         if self.prompts + self.problems > 3360:
             raise ValueError(f"prompts and problems must be at most 3360 together; got {self.prompts + self.problems}")
         return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+from ..demo_options import check_counts
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,6 @@ class PeftArenaDemoOptions:
         """Itself; ValueError for a value that cannot be."""
         if self.model not in ("toy", "smollm2"):
             raise ValueError(f"model must be toy or smollm2; got {self.model!r}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name == "steps" else 1
-            if isinstance(value, int) and value < least:
-                raise ValueError(f"{field.name.replace('_', '-')} must be at least {least}; got {value}")
+        check_counts(self, "seeds", "pretrain_steps")
+        check_counts(self, "steps", least=0)
         return self

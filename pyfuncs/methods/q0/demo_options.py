@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+from ..demo_options import check_positive, numbers
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,7 @@ class Q0DemoOptions:
 
     def check(self) -> Q0DemoOptions:
         """Itself; ValueError for a value that cannot be."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "output" and not value > 0:
-                raise ValueError(f"{field.name.replace('_', '-')} must be > 0; got {value}")
+        check_positive(self, *numbers(self))
         for name, parts in (("runs", self.runs), ("two trajectories", 2)):
             if self.epochs % (parts * self.epochs_per_cycle):
                 raise ValueError(

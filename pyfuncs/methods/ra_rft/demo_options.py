@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..demo_options import check_counts, check_positive
+
 
 @dataclass(frozen=True)
 class RARFTDemoOptions:
@@ -23,13 +25,9 @@ class RARFTDemoOptions:
 
     def check(self) -> RARFTDemoOptions:
         """Itself; ValueError for a value that cannot be."""
-        for name in ("seeds", "steps", "prompts", "corpus", "problems", "base_steps", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
-        if self.generations < 2:
-            raise ValueError(f"generations must be at least 2; got {self.generations}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning-rate must be > 0; got {self.learning_rate}")
+        check_counts(self, "seeds", "steps", "prompts", "corpus", "problems", "base_steps", "workers")
+        check_counts(self, "generations", least=2)
+        check_positive(self, "learning_rate")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0; got {self.seed}")
         return self
