@@ -70,26 +70,17 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
-// The tiles' shapes belong to the thread; what another library left there is put back.
+// The shapes of a thread's tiles, while this lives.  A call may change them (x86-64 psABI): no one relies on the old ones.
 class Tiles {
  public:
   Tiles() {
-    _tile_storeconfig(&before_);
     TileShapes shapes;
     for (int i = 0; i < 8; i++) shapes.bytes[i] = 64, shapes.rows[i] = 16;
     _tile_loadconfig(&shapes);
   }
-  ~Tiles() {
-    if (before_.palette)
-      _tile_loadconfig(&before_);
-    else
-      _tile_release();
-  }
+  ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
-
- private:
-  TileShapes before_;
 };
 
 // Storage on whole cache lines.
