@@ -10,18 +10,38 @@ import functools
 
 import torch
 
-from .host_build import library
+from . import pages, rows_host
+from .host_build import TYPES, library
+
+
+class HeadLaunch(ctypes.Structure):
+    """Operands of one call, as ``struct HeadLaunch`` of head.cpp has them."""
+
+    _fields_ = (
+        [(n, ctypes.c_void_p) for n in ("x", "x_pairs", "weight", "bias", "dx", "dw", "out", "work")]
+        + [(n, ctypes.c_int64) for n in ("threads", "hidden", "weight_stride", "dx_stride", "dw_stride", "out_stride")]
+        + [("factor", ctypes.c_float), ("dw_add", ctypes.c_int32), ("out_type", ctypes.c_int32)]
+    )
 
 
 def bind(lib: ctypes.CDLL) -> bool:
-    """Declare the product of a library; an older library lacks it: AttributeError."""
+    """Declare the products of a library; False if its layout is not this version's, AttributeError if it lacks one."""
     pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     lib.burnish_product.argtypes = [
         pointer, number, flag, pointer, number, flag, pointer, number, number, number, number, flag,
     ]  # fmt: skip
     lib.burnish_product.restype = None
     lib.burnish_product_supported.argtypes, lib.burnish_product_supported.restype = [], flag
-    return True
+    lib.burnish_pack.argtypes = [pointer, number, flag, flag, number, number, pointer]
+    lib.burnish_pack.restype = None
+    lib.burnish_packed_numbers.argtypes, lib.burnish_packed_numbers.restype = [number] * 2, number
+    lib.burnish_head_bytes.argtypes, lib.burnish_head_bytes.restype = [number] * 3, number
+    for name in ("burnish_head_fold", "burnish_head_grad"):
+        function = getattr(lib, name)
+        function.argtypes = [ctypes.POINTER(HeadLaunch), ctypes.POINTER(rows_host.Launch)]
+        function.restype = None
+    lib.burnish_head_launch_bytes.restype = number
+    return lib.burnish_head_launch_bytes() == ctypes.sizeof(HeadLaunch)
 
 
 @functools.cache  # asked before every product
@@ -51,6 +71,11 @@ def check_against_twin() -> None:
                     raise RuntimeError("products as this compiler built them disagree with torch's")
 
 
+def _check_supported() -> None:
+    if not supported():
+        raise RuntimeError("this CPU has no tile registers (AMX), or there is no host backend")
+
+
 def _layout(x: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
     """x, or a copy of it, whose rows or columns are contiguous; the step between them; whether it is columns."""
     if x.stride(1) == 1 or x.shape[1] == 1:
@@ -67,8 +92,7 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = 
     The order of a sum over k depends on K, M and N alone, and on the number of threads where K >= 4 max(M, N).
     RuntimeError where there are no tiles.
     """
-    if not supported():
-        raise RuntimeError("this CPU has no tile registers (AMX), or there is no host backend")
+    _check_supported()
     (a, lda, a_columns), (b, ldb, b_columns) = _layout(a), _layout(b)
     if out.stride(1) != 1 and out.shape[1] > 1:
         raise ValueError(f"out must have contiguous rows; got strides {out.stride()}")
@@ -76,3 +100,82 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = 
         a.data_ptr(), lda, a_columns, b.data_ptr(), ldb, b_columns, out.data_ptr(), out.stride(0), *out.shape,
         a.shape[1], add,
     )  # fmt: skip
+
+
+def workspace(rows: int, hidden: int) -> torch.Tensor:
+    """Scratch of a ``Tile`` of so many rows on as many threads as torch has now."""
+    return pages.empty(library().burnish_head_bytes(rows, hidden, torch.get_num_threads()), dtype=torch.uint8)
+
+
+class Tile:
+    """Hidden states (N, H) of one tile, bf16, packed once for all slabs of a head: ``host/head.cpp``.
+
+    The logits of a slab are made in a core's cache and used there: by ``fold`` for their statistics, by ``grad`` for
+    their gradient, its two products included.
+    """
+
+    def __init__(self, hidden: torch.Tensor, work: torch.Tensor):
+        """``work``: of ``workspace`` for at least as many rows; calls that follow one another may share it."""
+        _check_supported()
+        self.rows, self.hidden = hidden.shape
+        self._x, lda, columns = _layout(hidden)
+        self._lines = self._pack(lda, columns, False)
+        self._pairs: torch.Tensor | None = None  # rows as depth: for dW
+        self._lda, self._columns = lda, columns
+        self._work, self._threads = work, torch.get_num_threads()
+        if work.numel() < library().burnish_head_bytes(self.rows, self.hidden, self._threads):
+            self._work = workspace(self.rows, self.hidden)  # there were fewer threads, or rows
+
+    def _pack(self, ld: int, columns: bool, pairs: bool) -> torch.Tensor:
+        lines, depth = (self.hidden, self.rows) if pairs else (self.rows, self.hidden)
+        out = pages.empty(library().burnish_packed_numbers(lines, depth), dtype=torch.bfloat16)
+        library().burnish_pack(self._x.data_ptr(), ld, columns != pairs, pairs, lines, depth, out.data_ptr())
+        return out
+
+    def _head(self, weight: torch.Tensor, bias: torch.Tensor | None, **more) -> HeadLaunch:
+        return HeadLaunch(
+            x=self._lines.data_ptr(), weight=weight.data_ptr(), weight_stride=weight.stride(0), hidden=self.hidden,
+            bias=None if bias is None else bias.data_ptr(), work=self._work.data_ptr(), threads=self._threads, **more,
+        )  # fmt: skip
+
+    def fold(self, weight, bias, teacher, state, target, spec, *, start=0, inv_temp=None, teacher_inv_temp=None):
+        """Merge the columns [start, start + V) of the logits X W^T + bias into ``state``, in place."""
+        shape = (self.rows, weight.shape[0])
+        if 0 in shape:
+            return
+        made, held = rows_host.launch(
+            "fold", shape, None, teacher, state, target, spec, start, inv_temp, teacher_inv_temp,
+            reads_teacher=spec.uses_teacher,
+        )  # fmt: skip
+        library().burnish_head_fold(self._head(weight, bias), made)
+        del held
+
+    def grad(
+        self, weight, bias, teacher, dx, dw, coef, target, spec, *, add=False, out=None, factor=1.0, start=0,
+        inv_temp=None, teacher_inv_temp=None,
+    ):  # fmt: skip
+        """dx (N, H) += dz W, and dw (V, H) = dz^T X, or += with ``add``; fp32, each may be None.
+
+        ``out`` (V, H), any dtype: ``factor`` times what dw then is, rounded once, and dw is used up; without dw, of this
+        tile alone.
+        """
+        shape = (self.rows, weight.shape[0])
+        if 0 in shape:
+            return
+        made, held = rows_host.launch(
+            "grad", shape, None, teacher, coef, target, spec, start, inv_temp, teacher_inv_temp,
+            reads_teacher=spec.mix_teacher or spec.has("cross", "other", "jsd"),
+        )  # fmt: skip
+        head = self._head(weight, bias, dw_add=add, factor=factor)
+        for name, x in (("dx", dx), ("dw", dw), ("out", out)):
+            if x is not None:
+                setattr(head, name, x.data_ptr())
+                setattr(head, f"{name}_stride", x.stride(0))
+        if out is not None:
+            head.out_type = TYPES[out.dtype]
+        if dw is not None or out is not None:
+            if self._pairs is None:
+                self._pairs = self._pack(self._lda, self._columns, True)
+            head.x_pairs = self._pairs.data_ptr()
+        library().burnish_head_grad(head, made)
+        del held

@@ -14,7 +14,9 @@ from . import pages
 from .contract import COEF, STATE, STATISTICS, RowSpec, coefficients, finalize, new_state
 from .host_build import TYPES, library, obstacle
 
-__all__ = ["Launch", "bind", "check_against_twin", "fold", "fold_jsd", "grad", "library", "obstacle", "scaled"]
+__all__ = [
+    "Launch", "bind", "check_against_twin", "fold", "fold_jsd", "grad", "launch", "library", "obstacle", "scaled",
+]  # fmt: skip
 
 BLOCK = 1024  # columns a thread holds at once; BLOCK of rows.cpp is the most, and 16 the least
 
@@ -104,58 +106,66 @@ def _flags(spec: RowSpec, teacher: bool) -> int:
     return sum(_FLAG[name] for name, on in wanted.items() if on)
 
 
-def _launch(
-    name: str, tile, teacher, vectors, target, spec: RowSpec, start, inv_temp, teacher_inv_temp, *, reads_teacher,
-    out=None, ids=None, ids_grad=None,
-) -> None:  # fmt: skip
-    """Fill a ``Launch`` and call ``burnish_<name>``."""
-    rows, columns = tile.shape
-    if rows == 0 or columns == 0:
-        return
+def launch(
+    name: str, shape, tile, teacher, vectors, target, spec: RowSpec, start, inv_temp, teacher_inv_temp, *,
+    reads_teacher, out=None, ids=None, ids_grad=None,
+) -> tuple[Launch, list]:  # fmt: skip
+    """A ``Launch`` of ``name`` on tiles of ``shape``, and what must live as long as it is used; ``tile`` may be None."""
+    rows, columns = shape
     kind, names = ("coef", COEF) if name == "grad" else ("state", STATE)
     _check(kind, vectors, (len(names), rows), (torch.float32, torch.float64))
     acc = vectors.dtype
-    launch = Launch(
+    made = Launch(
         rows=rows, columns=columns, start=start, count=0 if ids is None else ids.shape[1], block=BLOCK,
         alpha=spec.alpha, eta=spec.eta, beta=spec.beta, scale=spec.scale, cap=spec.softcap,
         t_scale=spec.teacher_scale, t_cap=spec.teacher_softcap, flags=_flags(spec, reads_teacher),
         vectors=vectors.data_ptr(), vectors_stride=vectors.stride(0),
     )  # fmt: skip
     matrices = [
-        ("z", "tile", tile, True), ("t", "teacher", teacher, reads_teacher), ("out", "out", out, name == "grad"),
+        ("z", "tile", tile, tile is not None), ("t", "teacher", teacher, reads_teacher),
+        ("out", "out", out, name == "grad" and tile is not None),
     ]  # fmt: skip
     for field, label, x, used in matrices:
         if used:
             _check(label, x, (rows, columns))
-            setattr(launch, field, x.data_ptr())
-            setattr(launch, f"{field}_stride", x.stride(0))
-            setattr(launch, f"{field}_type", TYPES[x.dtype])
+            setattr(made, field, x.data_ptr())
+            setattr(made, f"{field}_stride", x.stride(0))
+            setattr(made, f"{field}_type", TYPES[x.dtype])
     vector = [
         ("y", "target", target, (rows,), torch.int64, name != "fold_jsd"),
         ("inv_temp", "inv_temp", inv_temp, (rows,), acc, spec.temperature),
         ("t_inv_temp", "teacher_inv_temp", teacher_inv_temp, (rows,), acc, spec.teacher_temperature and reads_teacher),
-        ("ids", "ids", ids, (rows, launch.count), torch.int64, ids is not None),
-        ("ids_grad", "ids_grad", ids_grad, (rows, launch.count), acc, ids is not None),
+        ("ids", "ids", ids, (rows, made.count), torch.int64, ids is not None),
+        ("ids_grad", "ids_grad", ids_grad, (rows, made.count), acc, ids is not None),
     ]
-    held = []  # copies must live as long as the call
+    held = [tile, teacher, out]
     for field, label, x, shape, dtype, used in vector:
         if used:
             x = _check(label, x.to(dtype).contiguous() if x is not None else x, shape, (dtype,))
             held.append(x)
-            setattr(launch, field, x.data_ptr())
-    getattr(library(), f"burnish_{name}")(launch, acc == torch.float64)
+            setattr(made, field, x.data_ptr())
+    return made, held
+
+
+def _call(name: str, tile, teacher, vectors, *args, **kwargs) -> None:
+    """Fill a ``Launch`` and call ``burnish_<name>``."""
+    if tile.numel() == 0:
+        return
+    made, held = launch(name, tile.shape, tile, teacher, vectors, *args, **kwargs)
+    getattr(library(), f"burnish_{name}")(made, vectors.dtype == torch.float64)
+    del held  # lived as long as the call
 
 
 def fold(tile, teacher, state, target, spec: RowSpec, *, start=0, inv_temp=None, teacher_inv_temp=None):
     """Merge a tile's columns [start, start + V) into ``state`` (STATE_ROWS, N), in place."""
-    _launch(
+    _call(
         "fold", tile, teacher, state, target, spec, start, inv_temp, teacher_inv_temp, reads_teacher=spec.uses_teacher
     )
 
 
 def fold_jsd(tile, teacher, state, spec: RowSpec, *, inv_temp=None, teacher_inv_temp=None):
     """Second pass for the Jensen-Shannon sums, which need both log-sum-exps first."""
-    _launch("fold_jsd", tile, teacher, state, None, spec, 0, inv_temp, teacher_inv_temp, reads_teacher=True)
+    _call("fold_jsd", tile, teacher, state, None, spec, 0, inv_temp, teacher_inv_temp, reads_teacher=True)
 
 
 def grad(
@@ -163,7 +173,7 @@ def grad(
     ids=None, ids_grad=None,
 ):  # fmt: skip
     """Write d loss / d raw logits of the tile into ``out`` (N, V), which may be ``tile`` itself."""
-    _launch(
+    _call(
         "grad", tile, teacher, coef, target, spec, start, inv_temp, teacher_inv_temp, out=out, ids=ids,
         ids_grad=ids_grad, reads_teacher=spec.mix_teacher or spec.has("cross", "other", "jsd"),
     )  # fmt: skip

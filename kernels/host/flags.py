@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 
-SOURCES = ("rows.cpp", "adamw.cpp", "gemm.cpp", "rotation.cpp")
+SOURCES = ("rows.cpp", "adamw.cpp", "gemm.cpp", "head.cpp", "rotation.cpp")
 
 _INSTRUCTIONS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],

@@ -38,6 +38,7 @@ Plain C interface, called through ctypes: no Python, no torch types, one small o
 #include <limits>
 
 #include "convert.h"
+#include "rows.h"
 
 namespace {
 
@@ -64,27 +65,6 @@ constexpr int64_t BLOCK = 1024;
 constexpr int64_t MIN_WORK = 1 << 15;  // entries below which a thread is not worth waking
 
 }  // namespace
-
-extern "C" {
-
-// One launch: rows_host.py mirrors these fields in ctypes.
-struct Launch {
-  const void* z;
-  const void* t;
-  void* out;
-  void* vectors;  // state of fold, coefficients of grad
-  const int64_t* y;
-  const void* inv_temp;
-  const void* t_inv_temp;
-  const int64_t* ids;
-  const void* ids_grad;
-  int64_t rows, columns, start, count, block;  // count: ids a row; block: at most BLOCK, a multiple of the width
-  int64_t z_stride, t_stride, out_stride, vectors_stride;
-  double alpha, eta, beta, scale, cap, t_scale, t_cap;
-  int32_t flags, z_type, t_type, out_type;
-};
-
-}  // extern "C"
 
 namespace {
 
@@ -520,6 +500,14 @@ void over_rows(const Launch& l, F row) {
 
 }  // namespace
 
+void fold_rows(const Launch& l, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; r++) fold_row<float>(l, r);
+}
+
+void grad_rows(const Launch& l, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; r++) grad_row<float>(l, r);
+}
+
 EXPORT void burnish_fold(const Launch* l, int32_t wide) {
   if (wide) over_rows(*l, [&](int64_t r) { fold_row<double>(*l, r); });
   else over_rows(*l, [&](int64_t r) { fold_row<float>(*l, r); });
@@ -535,16 +523,22 @@ EXPORT void burnish_grad(const Launch* l, int32_t wide) {
   else over_rows(*l, [&](int64_t r) { grad_row<float>(*l, r); });
 }
 
+void write_scaled(float* x, float factor, void* out, int64_t at, int32_t type, int64_t n) {
+  constexpr int64_t w = Vec<float>::size();
+  const int64_t whole = n / w * w;
+  for (int64_t k = 0; k < whole; k += w) (load(x + k) * Vec<float>(factor)).store(x + k);
+  for (int64_t k = whole; k < n; k++) x[k] *= factor;
+  write(x, static_cast<char*>(out) + at * item(type), type, n);
+}
+
 // out = factor x, rounded once to its type
 EXPORT void burnish_scaled(const float* x, float factor, void* out, int32_t type, int64_t n) {
-  constexpr int64_t w = Vec<float>::size();
   at::parallel_for(0, (n + BLOCK - 1) / BLOCK, MIN_WORK / BLOCK, [=](int64_t begin, int64_t end) {
     alignas(64) float buffer[BLOCK];
     for (int64_t first = begin * BLOCK; first < std::min(end * BLOCK, n); first += BLOCK) {
-      const int64_t count = std::min(BLOCK, n - first), whole = count / w * w;
-      for (int64_t k = 0; k < whole; k += w) (load(x + first + k) * Vec<float>(factor)).store(buffer + k);
-      for (int64_t k = whole; k < count; k++) buffer[k] = x[first + k] * factor;
-      write(buffer, static_cast<char*>(out) + first * item(type), type, count);
+      const int64_t count = std::min(BLOCK, n - first);
+      std::copy_n(x + first, count, buffer);
+      write_scaled(buffer, factor, out, first, type, count);
     }
   });
 }

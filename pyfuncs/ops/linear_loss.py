@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels import dispatch, pages
 from ..kernels.launch import accumulator
-from . import geometry, shards
+from . import gemm, geometry, shards
 from .core import (
     METRICS,
     Rows,
@@ -87,7 +87,8 @@ def linear_loss(
             number, a 0-dim tensor, or one a token.
         metrics: per-token diagnostics to return: nll, logp, entropy, hit, lse, square, top_entropy.
         plan: "tokens" (three GEMMs; a mean or a sum over a head that is one tensor, rows that do not interact) or
-            "vocab" (four; everything, and the gradients of any upstream); "auto" takes "tokens" where it can be.
+            "vocab" (four; everything, and the gradients of any upstream); "auto" takes "tokens" where it can be,
+            but on a CPU with tile registers and a bf16 head, where "vocab" keeps the logits in the cores' caches.
         budget: bytes of scratch beside inputs, outputs and gradients; fixes the chunk size.  Default:
             what 256 tokens need on a CPU, 1024 elsewhere; in the vocabulary-outer order, a slab's tile.
         backend: "auto" (the tensors' device), "triton", "host" (C++ on the CPU) or "torch".
@@ -123,7 +124,8 @@ def linear_loss(
     }  # fmt: skip
     parts = not isinstance(weight, Tensor) or shards.is_dtensor(weight) or sink is not None or group is not None
     joint = getattr(objective, "joint", False)
-    if plan == "vocab" or parts or joint or reduction == "none":
+    vocab = plan == "vocab" or parts or joint or reduction == "none"
+    if vocab or (plan == "auto" and _stays_in_cache(hidden, weight, bias, objective, teacher, metrics, backend)):
         if plan == "tokens":
             raise ValueError(
                 "plan='tokens' makes its gradients in forward: it takes a head that is one tensor and reduction "
@@ -161,6 +163,22 @@ def linear_loss(
         -1 if budget is None else budget, needs, compute, reduction, c.metrics, backend, c.inputs, c.names,
     )  # fmt: skip
     return unpack(loss, table, target.shape, reduction, c.metrics)
+
+
+def _stays_in_cache(hidden, weight, bias, objective, teacher, metrics, backend: str) -> bool:
+    """Whether the vocabulary-outer order's one more product costs less than logits that leave the cache do."""
+    if not weight.dtype == hidden.dtype == torch.bfloat16 or weight.device.type != "cpu":
+        return False
+    if (bias is not None and bias.requires_grad) or (teacher is not None and teacher.logits is None):
+        return False
+    stats = {*getattr(objective, "stats", ()), *(s for n in metrics for s in METRICS.get(n, ()))}
+    return not stats & {"ids", "top_entropy", "jsd"} and _has_tiles(backend)
+
+
+@torch.compiler.assume_constant_result
+def _has_tiles(backend: str) -> bool:
+    device, kind = torch.device("cpu"), torch.bfloat16
+    return gemm.mode(kind, kind, device, torch.float32, dispatch.resolve(backend, device)) == "mixed"
 
 
 def _vocabulary_outer(

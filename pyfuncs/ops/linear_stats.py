@@ -278,10 +278,17 @@ def _forward(
     states = [new_state(p.stop - p.start, dtype, hidden.device) for p in parts]
     picked = inv_temp.new_full((n, ids.shape[1]) if ids is not None and spec.has("ids") else (0, 0), torch.nan)
     tops = [inv_temp.new_empty(p.stop - p.start, 0) for p in parts]  # raw logits, largest first
+    fused = walk.fused and not picked.numel() and not spec.has("top_entropy")
     for slab in walk.slabs():
         for i, part in enumerate(parts):
-            _, _, z, t = walk.logits(part, slab)
             temps = walk.temperatures(part)
+            if fused:
+                walk.tile(part).fold(
+                    slab.weight, slab.bias, walk.given_logits(part, slab), states[i], walk.target[part], spec,
+                    start=slab.start, **temps,
+                )  # fmt: skip
+                continue
+            _, _, z, t = walk.logits(part, slab)
             walk.kernels.fold(z, t, states[i], walk.target[part], spec, start=slab.start, **temps)
             if picked.numel() and ids is not None:
                 keep_picked(picked[part], z, ids[part], spec, slab.start, walk.inv[part])
@@ -376,7 +383,8 @@ def _gradients(
         torch.empty_like(w, memory_format=torch.contiguous_format) if wanted and sink is None else None
         for w, wanted in zip(head.blocks, needs_blocks, strict=True)
     ]
-    low = torch.empty_like(walk.buffer, dtype=walk.operand) if walk.mode == "mixed" else None
+    fused = walk.fused and ids is None and db is None
+    low = torch.empty_like(walk.buffer, dtype=walk.operand) if walk.mode == "mixed" and not fused else None
     sinks: list[Sink | None] = [
         TensorSink(g) if g is not None else sink if wanted else None for wanted, g in zip(needs_blocks, dw, strict=True)
     ]
@@ -384,12 +392,22 @@ def _gradients(
         place = sinks[slab.block]
         # a sink of the caller's counts rows over all blocks; a gradient of ours over its own
         rows = slab.local if sink is not None else slab.rows
-        into = None if place is None else place.slab(rows, walk.hidden.shape[1], dtype, device)
+        final = place.out[rows] if fused and parts and isinstance(place, TensorSink) and place.on_cpu() else None
+        into = None
+        if place is not None and (final is None or len(parts) > 1):
+            into = place.slab(rows, walk.hidden.shape[1], dtype, device)
         weight = slab.weight if slab.column is None else slab.weight * slab.column[:, None].to(slab.weight.dtype)
         factor = slab.factor
         if factor is not None and slab.column is not None:
             factor = factor * slab.column[:, None].to(factor.dtype)
         for i, part in enumerate(parts):
+            if fused:
+                walk.tile(part).grad(
+                    slab.weight, slab.bias, walk.given_logits(part, slab), None if dx is None else dx[part], into,
+                    coefs[i], walk.target[part], spec, add=i > 0, out=final if part is parts[-1] else None,
+                    factor=1.0 if norm is None else float(norm), start=slab.start, **walk.temperatures(part),
+                )  # fmt: skip
+                continue
             x, u, z, t = walk.logits(part, slab)
             dz = z if low is None else low[: z.numel()].view(z.shape)
             walk.kernels.grad(
@@ -408,7 +426,7 @@ def _gradients(
                 dc[slab.local] += walk.raw_logits(part, slab).mul_(dz).sum(0)
             if db is not None:
                 db[slab.local] += dz.sum(0, dtype=dtype)
-        if into is not None and place is not None:
+        if into is not None and place is not None and final is None:
             if not parts:
                 into.zero_()
             if slab.column is not None:

@@ -41,6 +41,10 @@ class TensorSink:
         self._scratch = _reuse(self._scratch, rows.stop - rows.start, width, dtype, device)
         return self._scratch[: rows.stop - rows.start]
 
+    def on_cpu(self) -> bool:
+        """Whether a kernel of the CPU may write the rows itself."""
+        return self.out.device.type == "cpu" and (self.out.stride(1) == 1 or self.out.shape[1] == 1)
+
     def put(self, rows: slice, slab: Tensor) -> None:
         place = self.out[rows]
         if place.data_ptr() != slab.data_ptr() or place.dtype != slab.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch, rows_torch
+from ..kernels import dispatch, gemm_host, rows_torch
 from ..kernels.contract import RowSpec, finalize, new_state
 from ..kernels.launch import accumulator
 from . import gemm, geometry, shards
@@ -115,17 +116,27 @@ class Walk:
             compute_dtype=o.compute, device=device, teacher=o.teacher, backend=backend, extra_tiles=int(keep_raw),
             ids=listed + (0 if ids is None else ids.shape[1]), budget=None if o.budget < 0 else o.budget,
         )  # fmt: skip
-        size = self.geometry.rows * min(self.geometry.columns, max(head.rows, 1))
-        self.buffer = torch.empty(size, dtype=self.dtype, device=device)
-        own = o.teacher in ("hidden", "topk")
-        self.teacher_buffer = torch.empty_like(self.buffer) if own else self.buffer
         self.raw = torch.empty_like(self.buffer) if keep_raw else None
         self.teacher_operand = self.dtype
         if o.teacher == "hidden":
             self.teacher_operand = teacher_head(teacher, self.dtype, backend).operand
+        # a slab's logits stay in a core's cache where they are made and used by one kernel
+        plain = head.factor is None and head.column is None and o.teacher in ("", "logits")
+        self.fused = backend == "host" and self.mode == "mixed" and plain
+        self.tiles: dict[int, gemm_host.Tile] = {}
+        self.work: Tensor | None = None
         self.tail = tail
         if o.tail == "student" and tail is None:
             self.tail = self._student_tail()
+
+    @functools.cached_property  # the fused kernel has no need of it
+    def buffer(self) -> Tensor:
+        size = self.geometry.rows * min(self.geometry.columns, max(self.head.rows, 1))
+        return torch.empty(size, dtype=self.dtype, device=self.hidden.device)
+
+    @functools.cached_property
+    def teacher_buffer(self) -> Tensor:
+        return torch.empty_like(self.buffer) if self.o.teacher in ("hidden", "topk") else self.buffer
 
     def slabs(self) -> Iterator[Slab]:
         base, step = 0, self.geometry.columns
@@ -188,10 +199,25 @@ class Walk:
         assert self.raw is not None
         return self._view(self.raw, part.stop - part.start, slab)
 
+    def tile(self, part: slice) -> gemm_host.Tile:
+        """The rows of a part as the fused kernel takes them, packed once."""
+        if part.start not in self.tiles:
+            if self.work is None:
+                self.work = gemm_host.workspace(part.stop - part.start, self.hidden.shape[1])
+            self.tiles[part.start] = gemm_host.Tile(self.hidden[part].to(self.operand), self.work)
+        return self.tiles[part.start]
+
+    def given_logits(self, part: slice, slab: Slab) -> Tensor | None:
+        """A tile of the teacher's logits that the caller gave, or None."""
+        if self.o.teacher != "logits":
+            return None
+        t = self.teacher[0][part, slab.local]
+        return t if t.stride(1) == 1 else t.contiguous()
+
     def _teacher_logits(self, part: slice, slab: Slab, z: Tensor) -> Tensor:
-        if self.o.teacher == "logits":
-            t = self.teacher[0][part, slab.local]
-            return t if t.stride(1) == 1 else t.contiguous()
+        given = self.given_logits(part, slab)
+        if given is not None:
+            return given
         if slab.teacher is not None:
             weight, bias = slab.teacher
             t = self._project(self.teacher[0][part].to(weight.dtype), weight, self.teacher_buffer, slab)
