@@ -110,7 +110,10 @@ def launch(
     name: str, shape, tile, teacher, vectors, target, spec: RowSpec, start, inv_temp, teacher_inv_temp, *,
     reads_teacher, out=None, ids=None, ids_grad=None,
 ) -> tuple[Launch, list]:  # fmt: skip
-    """A ``Launch`` of ``name`` on tiles of ``shape``, and what must live as long as it is used; ``tile`` may be None."""
+    """A ``Launch`` of ``name`` on tiles of ``shape``, and what must live as long as it is used.
+
+    ``tile`` is None, and ``teacher`` may be, where the kernel makes them itself.
+    """
     rows, columns = shape
     kind, names = ("coef", COEF) if name == "grad" else ("state", STATE)
     _check(kind, vectors, (len(names), rows), (torch.float32, torch.float64))
@@ -122,7 +125,8 @@ def launch(
         vectors=vectors.data_ptr(), vectors_stride=vectors.stride(0),
     )  # fmt: skip
     matrices = [
-        ("z", "tile", tile, tile is not None), ("t", "teacher", teacher, reads_teacher),
+        ("z", "tile", tile, tile is not None),
+        ("t", "teacher", teacher, reads_teacher and (tile is not None or teacher is not None)),
         ("out", "out", out, name == "grad" and tile is not None),
     ]  # fmt: skip
     for field, label, x, used in matrices:
@@ -156,6 +160,10 @@ def _call(name: str, tile, teacher, vectors, *args, **kwargs) -> None:
     del held  # lived as long as the call
 
 
+def grad_reads_teacher(spec: RowSpec) -> bool:
+    return spec.mix_teacher or spec.has("cross", "other", "jsd")
+
+
 def fold(tile, teacher, state, target, spec: RowSpec, *, start=0, inv_temp=None, teacher_inv_temp=None):
     """Merge a tile's columns [start, start + V) into ``state`` (STATE_ROWS, N), in place."""
     _call(
@@ -175,7 +183,7 @@ def grad(
     """Write d loss / d raw logits of the tile into ``out`` (N, V), which may be ``tile`` itself."""
     _call(
         "grad", tile, teacher, coef, target, spec, start, inv_temp, teacher_inv_temp, out=out, ids=ids,
-        ids_grad=ids_grad, reads_teacher=spec.mix_teacher or spec.has("cross", "other", "jsd"),
+        ids_grad=ids_grad, reads_teacher=grad_reads_teacher(spec),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 /* A slab of a head in bf16 against a tile of tokens, on CPUs with tile registers (AMX): the logits never leave a core's
 second cache.
 
-    z = X W^T + b            X (N, H), W (V, H) bf16, z fp32
+    z = X W^T + b            X (N, H), W (V, H) bf16, z fp32;  t = X_t W_t^T + b_t likewise, where a teacher has a head
     fold                     the statistics of rows.cpp over z
     gradient                 dz of rows.cpp, rounded to bf16;  dX += dz W;  dW = dz^T X, or +=
 
@@ -31,11 +31,14 @@ struct HeadLaunch {
   const void* x_pairs;  // X packed as the second operand of dW, or null
   const void* weight;   // (V, H), rows contiguous
   const float* bias;    // (V,), or null
+  const void* t_x;      // a teacher's hidden states (N, H_t), packed, or null: its logits may be given, or not needed
+  const void* t_weight; // its head (V, H_t), rows contiguous
+  const float* t_bias;
   float* dx;            // (N, H), or null
   float* dw;            // (V, H) where tokens come in several tiles, or null
   void* out;            // (V, H) = factor dW of all tiles, rounded once to out_type, or null
   void* work;           // burnish_head_bytes
-  int64_t threads, hidden, weight_stride, dx_stride, dw_stride, out_stride;
+  int64_t threads, hidden, weight_stride, t_hidden, t_weight_stride, dx_stride, dw_stride, out_stride;
   float factor;
   int32_t dw_add, out_type;
 };
@@ -57,16 +60,19 @@ inline int64_t parts_of(int64_t n, int64_t size) {
 }
 
 struct Work {
-  int64_t threads, rows, deep;  // rows, deep: panels of tokens, and of a hidden state
-  Word *weight[2], *dz, *columns;  // a part of W in two forms, or two parts; dz (N, DZ_WIDTH); dz^T of a thread
-  float *z, *dw;                   // a thread's block of logits, and of dW
+  int64_t threads, rows, deep, t_deep;  // panels of tokens, of a hidden state, and of a teacher's
+  Word *weight[2], *t_weight[2], *dz, *columns;  // W packed: two parts, or one in two forms; dz (N, DZ_WIDTH); its columns
+  float *z, *t, *dw;                             // a thread's block of logits, of the teacher's, and of dW
   int64_t bytes = 0;
 
-  Work(char* base, int64_t n, int64_t hidden, int64_t threads) : threads(threads), rows(panels(n)), deep(panels(hidden)) {
+  Work(char* base, int64_t n, int64_t hidden, int64_t t_hidden, int64_t threads)
+      : threads(threads), rows(panels(n)), deep(panels(hidden)), t_deep(panels(t_hidden)) {
     for (Word*& w : weight) w = take<Word>(base, SLAB * deep * PANEL);
+    for (Word*& w : t_weight) w = take<Word>(base, SLAB * t_deep * PANEL);
     dz = take<Word>(base, rows * PANEL * DZ_WIDTH);
     columns = take<Word>(base, threads * columns_size());
     z = take<float>(base, threads * z_size());
+    t = take<float>(base, t_deep ? threads * z_size() : 0);
     dw = take<float>(base, threads * dw_size());
   }
 
@@ -91,7 +97,7 @@ void product(F a, const Word* b, int64_t steps, float* c, int64_t ldc, int64_t r
     const int64_t count = std::min(most, steps - s);
     for (int64_t i = 0; i < rows; i += PANEL)
       for (int64_t j = 0; j < columns; j += PANEL)
-        multiply(a(i).from(s), b + (j / PANEL * steps + s) * 2 * TILE, count, c + i * ldc + j, ldc, rows - i,
+        multiply<false>(a(i).from(s), b + (j / PANEL * steps + s) * 2 * TILE, count, c + i * ldc + j, ldc, rows - i,
                  columns - j, add || s > 0);
   }
 }
@@ -103,7 +109,7 @@ struct Walk {
   Work work;
 
   Walk(const HeadLaunch& h, const Launch& all)
-      : h(h), all(all), work(static_cast<char*>(h.work), all.rows, h.hidden, h.threads) {}
+      : h(h), all(all), work(static_cast<char*>(h.work), all.rows, h.hidden, h.t_x ? h.t_hidden : 0, h.threads) {}
 
   // `mine` of `items` for a thread, in order
   template <typename F>
@@ -111,39 +117,62 @@ struct Walk {
     mine(items * thread / work.threads, items * (thread + 1) / work.threads);
   }
 
-  // rows of W from `first`; `pairs`: as the second operand of dX, else of the logits
-  void pack_weight(int64_t first, bool pairs, Word* out, int64_t thread) const {
-    const int64_t v = std::min(SLAB, all.columns - first), wide = panels(v);
-    const Word* weight = static_cast<const Word*>(h.weight) + first * h.weight_stride;
-    share(pairs ? work.deep : wide, thread, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; p++) {
-        if (pairs) pack(weight, h.weight_stride, true, true, p * PANEL, h.hidden, 0, v, out + p * wide * 2 * TILE);
-        else pack(weight, h.weight_stride, false, true, p * PANEL, v, 0, h.hidden, out + p * work.deep * 2 * TILE);
-      }
+  int64_t width(int64_t first) const { return std::min(SLAB, all.columns - first); }
+
+  // rows of a head from `first`, for its logits
+  void pack_rows(const void* head, int64_t ld, int64_t hidden, int64_t first, Word* out, int64_t thread) const {
+    const Word* from = static_cast<const Word*>(head) + first * ld;
+    share(panels(width(first)), thread, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++)
+        pack(from, ld, false, true, p * PANEL, width(first), 0, hidden, out + p * panels(hidden) * 2 * TILE);
     });
   }
 
-  // logits, and what is made of them; `weight`: packed
+  void pack_heads(int64_t first, int64_t slot, int64_t thread) const {
+    pack_rows(h.weight, h.weight_stride, h.hidden, first, work.weight[slot], thread);
+    if (h.t_x) pack_rows(h.t_weight, h.t_weight_stride, h.t_hidden, first, work.t_weight[slot], thread);
+  }
+
+  // the same rows of W as the second operand of dX
+  void pack_for_dx(int64_t first, int64_t thread) const {
+    const Word* from = static_cast<const Word*>(h.weight) + first * h.weight_stride;
+    share(work.deep, thread, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++)
+        pack(from, h.weight_stride, true, true, p * PANEL, h.hidden, 0, width(first),
+             work.weight[1] + p * panels(width(first)) * 2 * TILE);
+    });
+  }
+
+  // z (count, v) of tokens from `low`: X is packed to whole panels, so rows and columns beyond the last are zeros
+  void logits(const void* x, const Word* weight, int64_t deep, const float* bias, int64_t low, int64_t count, int64_t v,
+              float* z) const {
+    const Word* lines = static_cast<const Word*>(x) + low / PANEL * deep * 2 * TILE;
+    product([&](int64_t i) { return Lines{lines + i / PANEL * deep * 2 * TILE}; }, weight, deep, z, WIDTH,
+            padded(count, PANEL), padded(v, PANEL), false);
+    for (int64_t i = 0; bias && i < count; i++)
+      for (int64_t j = 0; j < v; j++) z[i * WIDTH + j] += bias[j];
+  }
+
+  // logits, and what is made of them; the heads' rows are packed in `slot`
   template <bool GRAD>
-  void tokens(int64_t first, const Word* weight, int64_t thread) const {
-    const int64_t v = std::min(SLAB, all.columns - first), wide = panels(v) * PANEL, deep = work.deep;
-    const Word* x = static_cast<const Word*>(h.x);
-    float* z = work.z + thread * work.z_size();
+  void tokens(int64_t first, int64_t slot, int64_t thread) const {
+    const int64_t v = width(first), wide = panels(v) * PANEL;
+    float *z = work.z + thread * work.z_size(), *t = work.t + thread * work.z_size();
     Launch l = all;
     l.columns = v, l.start = all.start + first, l.z_type = FP32, l.z_stride = WIDTH;
     if (l.t) l.t = static_cast<const char*>(l.t) + first * item(l.t_type);
+    if (h.t_x) l.t_type = FP32, l.t_stride = WIDTH;
     l.out = work.dz, l.out_stride = DZ_WIDTH, l.out_type = BF16;
     share(work.rows, thread, [&](int64_t begin, int64_t end) {
       const int64_t last = std::min(end * PANEL, all.rows);
       for (int64_t low = begin * PANEL; low < last; low += ROWS) {
         const int64_t high = std::min(low + ROWS, last), count = high - low;
-        // X is packed to whole panels: rows beyond the last are zeros, and so are columns of z
-        product([&](int64_t i) { return Lines{x + (low + i) / PANEL * deep * 2 * TILE}; }, weight, deep, z, WIDTH,
-                padded(count, PANEL), wide, false);
-        if (h.bias)
-          for (int64_t i = 0; i < count; i++)
-            for (int64_t j = 0; j < v; j++) z[i * WIDTH + j] += h.bias[first + j];
+        logits(h.x, work.weight[slot], work.deep, h.bias ? h.bias + first : nullptr, low, count, v, z);
         l.z = z - low * WIDTH;
+        if (h.t_x) {
+          logits(h.t_x, work.t_weight[slot], work.t_deep, h.t_bias ? h.t_bias + first : nullptr, low, count, v, t);
+          l.t = t - low * WIDTH;
+        }
         if (!GRAD) {
           fold_rows(l, low, high);
           continue;
@@ -159,7 +188,7 @@ struct Walk {
 
   // dW of a part from dz of all tokens
   void weight_grad(int64_t first, int64_t thread) const {
-    const int64_t v = std::min(SLAB, all.columns - first), wide = panels(v), steps = work.rows, most = cut(steps);
+    const int64_t v = width(first), wide = panels(v), steps = work.rows, most = cut(steps);
     const Word* pairs = static_cast<const Word*>(h.x_pairs);
     Word* own = work.columns + thread * work.columns_size();
     share(wide, thread, [&](int64_t begin, int64_t end) {
@@ -172,7 +201,7 @@ struct Walk {
         for (int64_t s = 0; s < steps; s += most)
           for (int64_t j = 0; j < h.hidden; j += PANEL)
             for (int64_t p = from; p < to; p++)
-              multiply(Lines{own + ((p - from) * steps + s) * 2 * TILE}, pairs + (j / PANEL * steps + s) * 2 * TILE,
+              multiply<false>(Lines{own + ((p - from) * steps + s) * 2 * TILE}, pairs + (j / PANEL * steps + s) * 2 * TILE,
                        std::min(most, steps - s), c + (p - from) * PANEL * ldc + j, ldc, v - p * PANEL, h.hidden - j,
                        (h.dw && h.dw_add) || s > 0);
         if (h.out)
@@ -192,22 +221,22 @@ struct Walk {
 
   // a part is packed while the one before it is folded
   void fold() const {
-    phase([&](int64_t t) { pack_weight(0, false, work.weight[0], t); });
-    for (int64_t first = 0, i = 0; first < all.columns; first += SLAB, i++)
+    phase([&](int64_t t) { pack_heads(0, 0, t); });
+    for (int64_t first = 0, slot = 0; first < all.columns; first += SLAB, slot ^= 1)
       phase([&](int64_t t) {
-        tokens<false>(first, work.weight[i % 2], t);
-        if (first + SLAB < all.columns) pack_weight(first + SLAB, false, work.weight[(i + 1) % 2], t);
+        tokens<false>(first, slot, t);
+        if (first + SLAB < all.columns) pack_heads(first + SLAB, slot ^ 1, t);
       });
   }
 
   void gradient() const {
     const auto open = [&](int64_t first, int64_t t) {
-      pack_weight(first, false, work.weight[0], t);
-      if (h.dx) pack_weight(first, true, work.weight[1], t);
+      pack_heads(first, 0, t);
+      if (h.dx) pack_for_dx(first, t);
     };
     phase([&](int64_t t) { open(0, t); });
     for (int64_t first = 0; first < all.columns; first += SLAB) {
-      phase([&](int64_t t) { tokens<true>(first, work.weight[0], t); });
+      phase([&](int64_t t) { tokens<true>(first, 0, t); });
       phase([&](int64_t t) {
         if (h.x_pairs) weight_grad(first, t);
         if (first + SLAB < all.columns) open(first + SLAB, t);
@@ -245,9 +274,10 @@ EXPORT void burnish_pack(const void* x, int64_t ld, int32_t columns, int32_t pai
 #endif
 }
 
-EXPORT int64_t burnish_head_bytes(int64_t rows, int64_t hidden, int64_t threads) {
+// `t_hidden`: of a teacher whose logits are made here, or 0
+EXPORT int64_t burnish_head_bytes(int64_t rows, int64_t hidden, int64_t t_hidden, int64_t threads) {
 #if defined(HAS_AMX)
-  return Work(nullptr, rows, hidden, threads).bytes;
+  return Work(nullptr, rows, hidden, t_hidden, threads).bytes;
 #else
   return 0;
 #endif

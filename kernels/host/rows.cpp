@@ -71,9 +71,29 @@ namespace {
 template <typename A>
 constexpr A INF = std::numeric_limits<A>::infinity();
 
+// v where x is not below `low`, else 0; NaN is not below
+template <typename A>
+inline Vec<A> unless_below(Vec<A> v, Vec<A> x, A low) {
+#if defined(CPU_CAPABILITY_AVX512)  // at::vec makes vectors of its masks and masks of them again
+  if constexpr (std::is_same_v<A, float>)
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(low), _CMP_NLT_UQ), v);
+#endif
+  return Vec<A>::blendv(v, Vec<A>(A(0)), x < Vec<A>(low));
+}
+
+// v where z is not a masked logit, else 0
+template <typename A>
+inline Vec<A> unmasked(Vec<A> v, Vec<A> z) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<A, float>)
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, _mm512_set1_ps(-INF<A>), _CMP_NEQ_UQ), v);
+#endif
+  return Vec<A>::blendv(v, Vec<A>(A(0)), z == Vec<A>(-INF<A>));
+}
+
 // e^x for x <= 0 up to rounding: x = n log 2 + r, a polynomial in r (Cephes), n added to the exponent's bits
 inline Vec<float> exp_(Vec<float> x) {
-  const Vec<float> magic(12582912.0f + 127.0f), low(-87.33654f);  // 1.5 2^23: rounds to an integer
+  const Vec<float> magic(12582912.0f + 127.0f);  // 1.5 2^23: rounds to an integer
   const auto shifted = at::vec::fmadd(x, Vec<float>(1.44269504088896341f), magic);
   const auto n = shifted - magic;
   auto r = at::vec::fmadd(n, Vec<float>(-0.693359375f), x);
@@ -85,7 +105,7 @@ inline Vec<float> exp_(Vec<float> x) {
   p = at::vec::fmadd(p, r, Vec<float>(5.0000001201e-1f));
   p = at::vec::fmadd(p, r * r, r + Vec<float>(1.0f));
   const auto power = at::vec::cast<float>(at::vec::cast<int32_t>(shifted) << Vectorized<int32_t>(23));
-  return Vec<float>::blendv(p * power, Vec<float>(0.0f), x < low);  // NaN is not below: it stays
+  return unless_below<float>(p * power, x, -87.33654f);
 }
 
 inline Vec<double> exp_(Vec<double> x) {
@@ -118,7 +138,7 @@ inline A exp_one(A x) {  // the same bits as an entry of a vector
 
 template <typename A>
 inline Vec<A> finite(Vec<A> x) {  // factor of products whose other factor is exactly 0 where x is -inf
-  return Vec<A>::blendv(x, Vec<A>(A(0)), x == Vec<A>(-INF<A>));
+  return unmasked(x, x);
 }
 
 template <typename A>
@@ -153,6 +173,22 @@ inline A sum_over(int64_t n, F term) {
 template <typename A>
 inline A max_over(const A* x, int64_t n) {
   constexpr int64_t w = Vec<A>::size();
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<A, float>) {
+    // the instruction drops a NaN of its first operand: they are looked for apart, two vectors at a time
+    __m512 even = _mm512_set1_ps(-INF<A>), odd = even, last = even;
+    __mmask16 nan = 0;
+    int64_t k = 0;
+    for (; k + 2 * w <= n; k += 2 * w) {
+      const __m512 a = load(x + k), b = load(x + k + w);
+      even = _mm512_max_ps(even, a), odd = _mm512_max_ps(odd, b);
+      nan |= _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
+    }
+    if (k < n) last = load(x + k);
+    nan |= _mm512_cmp_ps_mask(last, last, _CMP_UNORD_Q);
+    return nan ? std::numeric_limits<A>::quiet_NaN() : _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(even, odd), last));
+  }
+#endif
   Vec<A> m0(-INF<A>), m1(-INF<A>), m2(-INF<A>), m3(-INF<A>);
   int64_t k = 0;
   for (; k + 4 * w <= n; k += 4 * w) {  // at::vec's maximum keeps a NaN
@@ -312,9 +348,9 @@ void fold_row(const Launch& l, int64_t row) {
     if (f & SQUARE)
       add(S_p_square, zs.decay * zs.decay, sum_over<A>(wide, [&](int64_t k) { return load(e + k) * load(e + k); }));
     if (f & UNIFORM) {
-      const Vec<A> one(A(1)), none(A(0)), masked(-INF<A>);
+      const Vec<A> one(A(1));
       add(S_z_total, 1, sum_over<A>(wide, [=](int64_t k) { return finite(load(z + k)); }));
-      add(S_z_count, 1, sum_over<A>(wide, [=](int64_t k) { return Vec<A>::blendv(one, none, load(z + k) == masked); }));
+      add(S_z_count, 1, sum_over<A>(wide, [=](int64_t k) { return unmasked(one, load(z + k)); }));
     }
     const A* t = nullptr;
     if (f & TEACHER) {
@@ -405,7 +441,7 @@ void grad_row(const Launch& l, int64_t row) {
   const A z_max = c(C_z_max), z_log = c(C_z_log);
   const bool poly = f & (MEAN | SQUARE | OTHER), more = f & (MIX | CROSS | UNIFORM | JSD);
   const A temp = f & TEMP ? static_cast<const A*>(l.inv_temp)[row] : A(1), scale = A(l.scale);
-  const Vec<A> vmax(z_max), vlog(z_log), low(-INF<A>), none(A(0));
+  const Vec<A> vmax(z_max), vlog(z_log);
   for (int64_t first = 0; first < l.columns; first += l.block) {
     const int64_t n = std::min(l.block, l.columns - first), wide = padded(n, w), label = y - first;
     const bool here = label >= 0 && label < n;
@@ -426,12 +462,12 @@ void grad_row(const Launch& l, int64_t row) {
       at_label = p * sum;
     }
     // each term leaves a masked entry at exactly 0, even from a coefficient that is NaN
-    const auto put = [&](int64_t k, Vec<A> v) { Vec<A>::blendv(v, none, load(z + k) == low).store(dz + k); };
+    const auto put = [&](int64_t k, Vec<A> v) { unmasked(v, load(z + k)).store(dz + k); };
     if (!poly) {
       const Vec<A> va(a);
       for (int64_t k = 0; k < wide; k += w) {
         const auto v = load(z + k);
-        Vec<A>::blendv(va * exp_((v - vmax) - vlog), none, v == low).store(dz + k);
+        unmasked(va * exp_((v - vmax) - vlog), v).store(dz + k);
       }
     } else {
       const Vec<A> va(a), vb(b), vc(cc), ve(e);
@@ -441,7 +477,7 @@ void grad_row(const Launch& l, int64_t row) {
         auto sum = at::vec::fmadd(vb, finite(v), va);
         sum = at::vec::fmadd(vc, p, sum);
         sum = at::vec::fmadd(ve, finite(load(with + k)), sum);
-        Vec<A>::blendv(p * sum, none, v == low).store(dz + k);
+        unmasked(p * sum, v).store(dz + k);
       }
     }
     if (here) dz[label] = at_label;

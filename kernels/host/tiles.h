@@ -166,7 +166,8 @@ inline Lines as_they_lie(const Word* x, int64_t ld) {
   return {x, 2 * ld, 16 * ld, STEP};
 }
 
-// 32 x 32 of C from panels of `steps` steps; `rows` x `columns` of them exist.
+// 32 x 32 of C from panels of `steps` steps; `rows` x `columns` of them exist.  FETCH: C is in no near cache.
+template <bool FETCH>
 inline void multiply(Lines a, const Word* b, int64_t steps, float* c, int64_t ldc, int64_t rows, int64_t columns,
                      bool add) {
   alignas(64) float edge[PANEL * PANEL];
@@ -185,7 +186,7 @@ inline void multiply(Lines a, const Word* b, int64_t steps, float* c, int64_t ld
     _tile_loadd(2, to + 16 * ld, stride);
     _tile_loadd(3, to + 16 * ld + 16, stride);
   } else {
-    for (int64_t i = 0; i < PANEL; i++) {  // what is only written is fetched too, and would be waited for
+    for (int64_t i = 0; FETCH && i < PANEL; i++) {  // what is only written is fetched too, and would be waited for
       _mm_prefetch(to + i * ld, _MM_HINT_ET0);
       _mm_prefetch(to + i * ld + 16, _MM_HINT_ET0);
     }

@@ -169,8 +169,12 @@ def _stays_in_cache(hidden, weight, bias, objective, teacher, metrics, backend: 
     """Whether the vocabulary-outer order's one more product costs less than logits that leave the cache do."""
     if not weight.dtype == hidden.dtype == torch.bfloat16 or weight.device.type != "cpu":
         return False
-    if (bias is not None and bias.requires_grad) or (teacher is not None and teacher.logits is None):
+    if bias is not None and bias.requires_grad:
         return False
+    if teacher is not None and teacher.logits is None:
+        heads = [x for x in (teacher.hidden, teacher.weight) if x is not None]
+        if len(heads) < 2 or any(x.dtype != torch.bfloat16 for x in heads):
+            return False
     stats = {*getattr(objective, "stats", ()), *(s for n in metrics for s in METRICS.get(n, ()))}
     return not stats & {"ids", "top_entropy", "jsd"} and _has_tiles(backend)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import pages
 from ..kernels.contract import (
     CONSTANT,
     DIFFERENTIABLE,
@@ -279,14 +280,13 @@ def _forward(
     picked = inv_temp.new_full((n, ids.shape[1]) if ids is not None and spec.has("ids") else (0, 0), torch.nan)
     tops = [inv_temp.new_empty(p.stop - p.start, 0) for p in parts]  # raw logits, largest first
     fused = walk.fused and not picked.numel() and not spec.has("top_entropy")
-    for slab in walk.slabs():
+    for slab in walk.slabs(whole=fused):
         for i, part in enumerate(parts):
             temps = walk.temperatures(part)
             if fused:
                 walk.tile(part).fold(
-                    slab.weight, slab.bias, walk.given_logits(part, slab), states[i], walk.target[part], spec,
-                    start=slab.start, **temps,
-                )  # fmt: skip
+                    *walk.heads(part, slab), states[i], walk.target[part], spec, start=slab.start, **temps
+                )
                 continue
             _, _, z, t = walk.logits(part, slab)
             walk.kernels.fold(z, t, states[i], walk.target[part], spec, start=slab.start, **temps)
@@ -338,6 +338,12 @@ def _(hidden, low, factor, column, bias, target, live, inv_temp, teacher_inv_tem
     )
 
 
+def _gradient_like(weight: Tensor) -> Tensor:
+    if weight.device.type == "cpu":
+        return pages.empty(*weight.shape, dtype=weight.dtype)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
 def _gradients(
     walk: Walk, table: Tensor, upstream: Tensor | None, picked: Tensor | None, live: Tensor | None,
     needs: tuple[bool, ...], sink: Sink | None,
@@ -380,7 +386,7 @@ def _gradients(
     dc, db = zeros(needs[3], head.rows), zeros(needs[4], head.rows)
     needs_blocks = needs[5:]
     dw = [
-        torch.empty_like(w, memory_format=torch.contiguous_format) if wanted and sink is None else None
+        _gradient_like(w) if wanted and sink is None else None
         for w, wanted in zip(head.blocks, needs_blocks, strict=True)
     ]
     fused = walk.fused and ids is None and db is None
@@ -388,11 +394,13 @@ def _gradients(
     sinks: list[Sink | None] = [
         TensorSink(g) if g is not None else sink if wanted else None for wanted, g in zip(needs_blocks, dw, strict=True)
     ]
-    for slab in walk.slabs():
+    # a tensor's rows are written by the fused kernel itself; those of several tiles are summed slab by slab
+    direct = fused and all(p is None or (isinstance(p, TensorSink) and p.on_cpu()) for p in sinks)
+    for slab in walk.slabs(whole=direct and len(parts) == 1):
         place = sinks[slab.block]
         # a sink of the caller's counts rows over all blocks; a gradient of ours over its own
         rows = slab.local if sink is not None else slab.rows
-        final = place.out[rows] if fused and parts and isinstance(place, TensorSink) and place.on_cpu() else None
+        final = place.out[rows] if direct and parts and isinstance(place, TensorSink) else None
         into = None
         if place is not None and (final is None or len(parts) > 1):
             into = place.slab(rows, walk.hidden.shape[1], dtype, device)
@@ -403,9 +411,9 @@ def _gradients(
         for i, part in enumerate(parts):
             if fused:
                 walk.tile(part).grad(
-                    slab.weight, slab.bias, walk.given_logits(part, slab), None if dx is None else dx[part], into,
-                    coefs[i], walk.target[part], spec, add=i > 0, out=final if part is parts[-1] else None,
-                    factor=1.0 if norm is None else float(norm), start=slab.start, **walk.temperatures(part),
+                    *walk.heads(part, slab), None if dx is None else dx[part], into, coefs[i], walk.target[part], spec,
+                    add=i > 0, out=final if part is parts[-1] else None, factor=1.0 if norm is None else float(norm),
+                    start=slab.start, **walk.temperatures(part),
                 )  # fmt: skip
                 continue
             x, u, z, t = walk.logits(part, slab)

@@ -121,8 +121,9 @@ class Walk:
         if o.teacher == "hidden":
             self.teacher_operand = teacher_head(teacher, self.dtype, backend).operand
         # a slab's logits stay in a core's cache where they are made and used by one kernel
-        plain = head.factor is None and head.column is None and o.teacher in ("", "logits")
-        self.fused = backend == "host" and self.mode == "mixed" and plain
+        plain = head.factor is None and head.column is None
+        served = o.teacher in ("", "logits") or (o.teacher == "hidden" and self.teacher_operand == self.operand)
+        self.fused = backend == "host" and self.mode == "mixed" and plain and served
         self.tiles: dict[int, gemm_host.Tile] = {}
         self.work: Tensor | None = None
         self.tail = tail
@@ -138,9 +139,12 @@ class Walk:
     def teacher_buffer(self) -> Tensor:
         return torch.empty_like(self.buffer) if self.o.teacher in ("hidden", "topk") else self.buffer
 
-    def slabs(self) -> Iterator[Slab]:
+    def slabs(self, *, whole: bool = False) -> Iterator[Slab]:
+        """``whole``: a block at a time, for the fused kernel where nothing outside it has a slab's size."""
         base, step = 0, self.geometry.columns
+        whole = whole and all(x.stride(-1) == 1 for x in (*self.head.blocks, *self.teacher[:2]))  # no copy of all
         for i, block in enumerate(self.head.blocks):
+            step = max(block.shape[0], 1) if whole else step
             for first in range(0, block.shape[0], step):
                 rows = slice(first, min(first + step, block.shape[0]))
                 local = slice(base + rows.start, base + rows.stop)
@@ -202,22 +206,28 @@ class Walk:
     def tile(self, part: slice) -> gemm_host.Tile:
         """The rows of a part as the fused kernel takes them, packed once."""
         if part.start not in self.tiles:
+            teacher = self.teacher[0][part].to(self.operand) if self.o.teacher == "hidden" else None
             if self.work is None:
-                self.work = gemm_host.workspace(part.stop - part.start, self.hidden.shape[1])
-            self.tiles[part.start] = gemm_host.Tile(self.hidden[part].to(self.operand), self.work)
+                self.work = gemm_host.workspace(
+                    part.stop - part.start, self.hidden.shape[1], 0 if teacher is None else teacher.shape[1]
+                )
+            self.tiles[part.start] = gemm_host.Tile(self.hidden[part].to(self.operand), self.work, teacher)
         return self.tiles[part.start]
 
-    def given_logits(self, part: slice, slab: Slab) -> Tensor | None:
-        """A tile of the teacher's logits that the caller gave, or None."""
-        if self.o.teacher != "logits":
-            return None
+    def heads(self, part: slice, slab: Slab):
+        """(weight, bias) of a slab, and the teacher's or a tile of its logits, as the fused kernel takes them."""
+        teacher = self._given_logits(part, slab) if self.o.teacher == "logits" else slab.teacher
+        if isinstance(teacher, tuple):
+            teacher = (teacher[0].contiguous(), teacher[1])
+        return (slab.weight.contiguous(), slab.bias), teacher
+
+    def _given_logits(self, part: slice, slab: Slab) -> Tensor:
         t = self.teacher[0][part, slab.local]
         return t if t.stride(1) == 1 else t.contiguous()
 
     def _teacher_logits(self, part: slice, slab: Slab, z: Tensor) -> Tensor:
-        given = self.given_logits(part, slab)
-        if given is not None:
-            return given
+        if self.o.teacher == "logits":
+            return self._given_logits(part, slab)
         if slab.teacher is not None:
             weight, bias = slab.teacher
             t = self._project(self.teacher[0][part].to(weight.dtype), weight, self.teacher_buffer, slab)

@@ -37,30 +37,37 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "teacher's head", "mix of heads"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fold_and_grad_are_those_of_the_row_kernels_on_the_same_logits(shape, case):
     """The same kernels over logits made by the same products: statistics agree up to the blocks they are summed in."""
     n, h, v = shape
     x, w, y, g = operands(*shape)
-    names, options = CASES[case]
+    names, options = CASES[{"teacher's head": "teacher", "mix of heads": "mix"}.get(case, case)]
+    own = case not in CASES
     spec = spec_of(names, **options)
     bias = torch.randn(v, generator=g)
     bias[::5] = -torch.inf
     bias[y] = 0.5
     t = torch.randn(n, v + 3, generator=g).bfloat16()[:, 1 : v + 1] if case in ("teacher", "mix") else None
+    tx = tw = tb = None
+    if own:  # a teacher of another width, whose logits are made beside the student's
+        tx, tw = (torch.randn(k, h + 9, generator=g).bfloat16() for k in (n, v))
+        t, tb = torch.empty(n, v), torch.randn(v, generator=g)
+        gemm_host.product(tx, tw.t(), t)
+        t += tb
     temps = {"inv_temp": torch.rand(n, generator=g) + 0.5} if spec.temperature else {}
     z = torch.empty(n, v)
     gemm_host.product(x, w.t(), z)
     z += bias
-    tile = gemm_host.Tile(x, gemm_host.workspace(n, h))
+    tile = gemm_host.Tile(x, gemm_host.workspace(n, h, h + 9 if own else 0), tx)
     states = [new_state(n, torch.float32, x.device) for _ in range(2)]
     start, cut = 7, v // 3
     rows_host.fold(z, t, states[0], y + start, spec, start=start, **temps)
     for first, last in ((0, cut), (cut, v)):  # two slabs
-        part = None if t is None else t[:, first:last]
-        tile.fold(w[first:last], bias[first:last].contiguous(), part, states[1], y + start, spec, start=start + first,
-                  **temps)  # fmt: skip
+        part = (tw[first:last], tb[first:last].contiguous()) if own else None if t is None else t[:, first:last]
+        head = (w[first:last], bias[first:last].contiguous())
+        tile.fold(head, part, states[1], y + start, spec, start=start + first, **temps)
     stats = [finalize(s, spec) for s in states]
     for name, want in stats[0].items():
         torch.testing.assert_close(stats[1][name], want, rtol=2e-5, atol=2e-5, msg=lambda m, k=name: f"{k}: {m}")
@@ -68,10 +75,10 @@ def test_fold_and_grad_are_those_of_the_row_kernels_on_the_same_logits(shape, ca
     coef = coefficients(stats[0], upstream | {"logp": torch.ones(n)}, spec)
     dz = torch.empty(n, v, dtype=torch.bfloat16)
     rows_host.grad(z, t, dz, coef, y + start, spec, start=start, **temps)
-    before = torch.randn(n, h, generator=g)
+    before, teacher = torch.randn(n, h, generator=g), (tw, tb) if own else t
     dx, dw, out = before.clone(), torch.full((v, h), torch.nan), torch.full((v + 1, h), 7.0)
-    tile.grad(w, bias, t, dx, dw, coef, y + start, spec, start=start, **temps)
-    tile.grad(w, bias, t, None, None, coef, y + start, spec, out=out[:v], factor=0.5, start=start, **temps)
+    tile.grad((w, bias), teacher, dx, dw, coef, y + start, spec, start=start, **temps)
+    tile.grad((w, bias), teacher, None, None, coef, y + start, spec, out=out[:v], factor=0.5, start=start, **temps)
     for got, want, size in (
         (dx - before, dz.double() @ w.double(), dz.double().abs() @ w.double().abs() + before.abs().max()),
         (dw, dz.double().t() @ x.double(), dz.double().t().abs() @ x.double().abs()),
@@ -88,18 +95,18 @@ def test_what_is_not_asked_for_is_not_written():
     spec = spec_of(())
     tile = gemm_host.Tile(x, gemm_host.workspace(40, 48))
     state = new_state(40, torch.float32, x.device)
-    tile.fold(w, None, None, state, y, spec)
+    tile.fold((w, None), None, state, y, spec)
     coef = coefficients(finalize(state, spec), {"logp": torch.ones(40)}, spec)
     dx, again, dw = torch.zeros(40, 48), torch.zeros(40, 48), torch.empty(600, 48)
-    tile.grad(w, None, None, dx, None, coef, y, spec)
-    tile.grad(w, None, None, again, dw, coef, y, spec)
+    tile.grad((w, None), None, dx, None, coef, y, spec)
+    tile.grad((w, None), None, again, dw, coef, y, spec)
     assert torch.equal(dx, again)
     twice, low = dw.clone(), torch.empty(600, 48, dtype=torch.bfloat16)
-    tile.grad(w, None, None, None, twice, coef, y, spec, add=True)
+    tile.grad((w, None), None, None, twice, coef, y, spec, add=True)
     torch.testing.assert_close(twice, 2 * dw)
-    tile.grad(w, None, None, None, None, coef, y, spec, out=low)
+    tile.grad((w, None), None, None, None, coef, y, spec, out=low)
     assert torch.equal(low, dw.bfloat16())
-    tile.grad(w, None, None, None, dw.clone(), coef, y, spec, add=True, out=low, factor=0.25)
+    tile.grad((w, None), None, None, dw.clone(), coef, y, spec, add=True, out=low, factor=0.25)
     assert torch.equal(low, (0.25 * twice).bfloat16())
 
 
@@ -109,10 +116,10 @@ def test_hidden_states_of_any_strides():
     spec, found = spec_of(()), []
     for v in (x, *views):
         tile, state = gemm_host.Tile(v, gemm_host.workspace(70, 60)), new_state(70, torch.float32, x.device)
-        tile.fold(w, None, None, state, y, spec)
+        tile.fold((w, None), None, state, y, spec)
         coef = coefficients(finalize(state, spec), {"logp": torch.ones(70)}, spec)
         dw = torch.empty(300, 60)
-        tile.grad(w, None, None, None, dw, coef, y, spec)
+        tile.grad((w, None), None, None, dw, coef, y, spec)
         found.append((state.nan_to_num(), dw))
     for state, dw in found[1:]:
         assert torch.equal(state, found[0][0]) and torch.equal(dw, found[0][1])
@@ -173,6 +180,7 @@ def test_which_calls_take_it(monkeypatch):
     x, w, y, g = operands(64, 32, 300)
     t = torch.randn(64, 300, generator=g)
     given, second = Teacher(logits=t), Teacher(hidden=x, weight=w)
+    wide = Teacher(hidden=x.float(), weight=w.float())
     bias = torch.zeros(300, dtype=torch.bfloat16)
 
     def took(*, objective=None, kind=torch.bfloat16, b=None, **options):
@@ -184,16 +192,19 @@ def test_which_calls_take_it(monkeypatch):
 
     both = ["fold", "grad"]
     assert took() == took(b=bias) == took(metrics=("entropy", "hit")) == both
-    assert took(objective=objectives.kd(), teacher=given) == both
+    assert took(objective=objectives.kd(), teacher=given) == took(objective=objectives.kd(), teacher=second) == both
     assert took(plan="tokens") == took(kind=torch.float32) == took(kind=torch.float16) == took(backend="torch") == []
     assert took(b=bias.clone().requires_grad_()) == took(metrics=("top_entropy",)) == []
-    assert took(objective=objectives.kd(), teacher=second) == []
+    assert took(objective=objectives.kd(), teacher=wide) == took(objective=objectives.jsd(), teacher=second) == []
     assert took(plan="vocab", b=bias.clone().requires_grad_()) == ["fold"]  # dz as a whole, for the bias
 
 
-def test_teachers_given_as_logits_and_masks_are_those_of_the_unfused_order(monkeypatch):
+@pytest.mark.parametrize("kind", ["logits", "hidden"])
+def test_teachers_and_masks_are_those_of_the_unfused_order(monkeypatch, kind):
     x, w, y, g = operands(90, 64, 1300)
     t, bias = torch.randn(90, 1300, generator=g), torch.zeros(1300)
+    states, head = torch.randn(90, 33, generator=g).bfloat16(), torch.randn(1307, 33, generator=g).bfloat16()
+    teacher = {"logits": Teacher(logits=t), "hidden": Teacher(hidden=states, weight=head, temperature=2.0)}[kind]
     bias[::3] = -torch.inf
     bias[y] = 0.0
     found = []
@@ -208,7 +219,7 @@ def test_teachers_given_as_logits_and_masks_are_those_of_the_unfused_order(monke
             monkeypatch.setattr(Walk, "__init__", plain)
         leaves = [v.clone().requires_grad_() for v in (x, w)]
         loss = linear_loss(
-            *leaves, y, objectives.target_sft(0.5), bias=bias.bfloat16(), teacher=Teacher(logits=t), plan="vocab"
+            *leaves, y, objectives.target_sft(0.5), bias=bias.bfloat16(), teacher=teacher, plan="vocab"
         )
         found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     for a, b in zip(*found, strict=True):
@@ -233,7 +244,7 @@ def test_a_workspace_that_is_too_small_is_not_used():
     spec, found = spec_of(()), []
     for work in (gemm_host.workspace(200, 64), gemm_host.workspace(1, 1)):
         state = new_state(200, torch.float32, x.device)
-        gemm_host.Tile(x, work).fold(w, None, None, state, y, spec)
+        gemm_host.Tile(x, work).fold((w, None), None, state, y, spec)
         found.append(state.nan_to_num())
     assert torch.equal(*found)
 
@@ -246,5 +257,5 @@ def test_empty_slabs_and_tiles():
         tile = gemm_host.Tile(torch.ones(n, 8).bfloat16(), gemm_host.workspace(n, 8))
         state = new_state(n, torch.float32, torch.device("cpu"))
         before = state.clone()
-        tile.fold(torch.ones(v, 8).bfloat16(), None, None, state, torch.zeros(n, dtype=torch.int64), spec)
+        tile.fold((torch.ones(v, 8).bfloat16(), None), None, state, torch.zeros(n, dtype=torch.int64), spec)
         assert torch.equal(state.nan_to_num(), before.nan_to_num())
