@@ -196,7 +196,7 @@ NOT_YET = "Not measured yet."
 #: Columns of the side-by-side table: name, and the ways of benchmarks/peers.py whose fastest is shown.
 COLUMNS = {
     "burnish": ("burnish_host", "burnish_triton"),
-    "burnish, `vocab`": ("burnish_host_vocab", "burnish_triton_vocab"),
+    "burnish, other order": ("burnish_host_vocab", "burnish_host_tokens", "burnish_triton_vocab"),
     "torch": ("torch", "torch_upcast", "torch_lce"),
     "torch.compile": ("torch_compile", "torch_compile_upcast"),
     "torch core, chunked": ("torch_lce_chunked",),
@@ -247,7 +247,7 @@ def _side_by_side(name: str) -> str:
         f"{_libraries(r['versions'])} (`benchmarks/results/{name}.json`; `benchmarks/linear_loss.py` says how). A "
         "cell: median time over the bare GEMMs of the same order, extra peak memory of the process, larger relative "
         "error of dX and dW against fp64. [n]: at n rows, where all would take too long. Of several forms of a column, "
-        "the fastest.",
+        "the fastest. Other order: the one that `plan=\"auto\"` does not take there.",
     ]
     used = [name for name, ways in COLUMNS.items() if any(_way_cell(cell, ways) for cell in r["cells"])]
     for shape in dict.fromkeys((c["n"], c["h"], c["v"]) for c in r["cells"]):

@@ -6,8 +6,9 @@
 A cell is (shape, dtype, objective).  For each way (benchmarks/peers.py): the relative error of dX and dW against fp64
 first; the extra peak memory of forward and backward; the median time, and its ratio to the floor.
 
-* floor: the products alone, of the same order, in chunks of the rows we use: logits, dX, dW +=, and the teacher's
-  logits.  In low precision the faster of native products and fp32 products of operands cast up once, cast included.
+* floor: the products alone, of the same order, in chunks of the rows we use (1024 on a CPU with tile registers):
+  logits, dX, dW +=, and the teacher's logits.  In low precision the faster of native products and fp32 products of
+  operands cast up once, cast included.
   floor_recompute: the logits' products twice, for ways that recompute them.
 * Rounds are interleaved, so that a machine whose speed drifts treats all alike; ratios are of one run.
 * A way that a probe with few rows predicts to take longer than ``--cap`` seconds a call is timed at fewer rows, and
@@ -39,7 +40,7 @@ from peers import CHAIN, OBJECTIVES, POLICY, Problem, Way, exact, has_teacher, o
 import burnish
 from burnish.kernels import dispatch, gemm_host
 from burnish.ops import gemm
-from burnish.ops.geometry import default_rows
+from burnish.ops.geometry import TILE_ROWS, default_rows
 
 SHAPES = ["1024,576,49152", "4096,576,49152", "2048,1536,151936"]
 QUICK = ("nll", "dft", "target_sft")
@@ -106,6 +107,8 @@ def floor_call(p: Problem, native: bool, teacher: bool, logits: int) -> Callable
     kernels = dispatch.resolve("auto", p.weight.device)
     how = gemm.mode(p.weight.dtype, p.weight.dtype, p.weight.device, torch.float32, kernels)
     chunk = default_rows(n, how, p.weight.device.type, teacher=teacher)
+    if how == "mixed" and not cuda:
+        chunk = TILE_ROWS["cpu"]
     mixed = {"out_dtype": torch.float32} if low and native and cuda else {}
 
     def call() -> None:
@@ -320,7 +323,7 @@ class Cell:
 
 
 def targets(cell: dict) -> list[dict]:
-    """The issue's targets that this cell can tell, for what a user gets: auto's backend, plan "tokens"."""
+    """The issue's targets that this cell can tell, for what a user gets: auto's backend and plan."""
     rows = cell["rows"]
     ours = {r["rows"]: r for r in rows if r["way"] == cell["ours"]}
     if not ours:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import burnish
 from burnish import Teacher, linear_loss, objectives
+from burnish.kernels import gemm_host
 
 ETA, BETA = 0.5, 0.7
 #: GRPO's clip range and coefficient of the divergence.
@@ -355,7 +356,7 @@ def liger_triton_ways() -> list[Way]:
 
 
 def our_ways(backends: tuple[str, ...]) -> list[Way]:
-    """burnish on each backend and in each loop order that this version has."""
+    """burnish on each backend: as a user gets it, and in the loop order that it does not take by itself."""
     from burnish.ops import linear_loss as module
 
     def fused(backend: str, plan: str) -> Callable[[str, Problem], Tensor]:
@@ -382,9 +383,16 @@ def our_ways(backends: tuple[str, ...]) -> list[Way]:
     twice = {"bounded": True, "recompute": True, "ours": True}
     out = []
     for backend in backends:
-        out.append(Way(f"burnish_{backend}", losses, fused(backend, "tokens"), bounded=True, ours=True))
+        out.append(Way(f"burnish_{backend}", losses, fused(backend, "auto"), bounded=True, ours=True))
+        tiles = backend == "host" and gemm_host.supported()  # there bf16 takes the vocabulary-outer order
+        if tiles:
+            low = (torch.bfloat16,)
+            out.append(
+                Way("burnish_host_tokens", losses, fused(backend, "tokens"), bounded=True, ours=True, dtypes=low)
+            )
         if "vocab" in plans:
-            out.append(Way(f"burnish_{backend}_vocab", losses, fused(backend, "vocab"), **twice))
+            kinds = (torch.float32,) if tiles else ()
+            out.append(Way(f"burnish_{backend}_vocab", losses, fused(backend, "vocab"), **twice, dtypes=kinds))
         if hasattr(burnish, "linear_stats"):
             out.append(Way(f"burnish_{backend}", ("logp_entropy",), stats(backend), **twice))
     return out

@@ -95,7 +95,7 @@ def _find_or_build() -> ctypes.CDLL:
 
 
 def _callers() -> list[ModuleType]:
-    names = ("rows_host", "adamw_host", "gemm_host", "rotation_host")
+    names = ("rows_host", "adamw_host", "gemm_host", "head_host", "rotation_host")
     return [importlib.import_module(f".{name}", __package__) for name in names]
 
 

@@ -25,7 +25,7 @@ Plain C interface, called through ctypes. */
 
 extern "C" {
 
-// gemm_host.py mirrors these fields in ctypes.
+// head_host.py mirrors these fields in ctypes.
 struct HeadLaunch {
   const void* x;        // X packed by burnish_pack
   const void* x_pairs;  // X packed as the second operand of dW, or null

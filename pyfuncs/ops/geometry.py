@@ -20,6 +20,8 @@ MOST_LOW_ROWS = 1024
 
 #: Packed operands and parts of results that the host's products hold for a moment: two MiB a thread, of eight threads.
 PACKED_BYTES = 16 << 20
+#: And for each number of a hidden state: two packed parts of a head, of 512 rows, and eight threads' 128 rows of dW.
+PACKED_WIDTH = 2 * 512 * 2 + 8 * 128 * 4
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,9 @@ def slabs(
     tiles = size * (1 + (teacher in ("hidden", "topk")) + extra_tiles)
     if mode == "mixed":
         tiles += compute_dtype.itemsize
-    fixed = PACKED_BYTES if mode == "mixed" and backend == "host" else 1 << 20
+    fixed = 1 << 20
+    if mode == "mixed" and backend == "host":
+        fixed = PACKED_BYTES + PACKED_WIDTH * (hidden + teacher_hidden)
     fixed += rows * (3 * hidden * size + (3 * len(STATE) + 4 * len(COEF) + 64) * 8 + 96 * ids)
     twin = backend == "torch" or (backend == "host" and teacher == "topk")
 

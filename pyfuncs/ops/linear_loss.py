@@ -167,8 +167,9 @@ def linear_loss(
 
 def _stays_in_cache(hidden, weight, bias, objective, teacher, metrics, backend: str) -> bool:
     """Whether the vocabulary-outer order's one more product costs less than logits that leave the cache do."""
-    if not weight.dtype == hidden.dtype == torch.bfloat16 or weight.device.type != "cpu":
-        return False
+    kind, device = weight.dtype, weight.device
+    if torch.compiler.is_compiling() or device.type != "cpu" or not kind == hidden.dtype == torch.bfloat16:
+        return False  # a graph is traced without looking at the machine
     if bias is not None and bias.requires_grad:
         return False
     if teacher is not None and teacher.logits is None:
@@ -176,12 +177,8 @@ def _stays_in_cache(hidden, weight, bias, objective, teacher, metrics, backend: 
         if len(heads) < 2 or any(x.dtype != torch.bfloat16 for x in heads):
             return False
     stats = {*getattr(objective, "stats", ()), *(s for n in metrics for s in METRICS.get(n, ()))}
-    return not stats & {"ids", "top_entropy", "jsd"} and _has_tiles(backend)
-
-
-@torch.compiler.assume_constant_result
-def _has_tiles(backend: str) -> bool:
-    device, kind = torch.device("cpu"), torch.bfloat16
+    if stats & {"ids", "top_entropy", "jsd"}:
+        return False
     return gemm.mode(kind, kind, device, torch.float32, dispatch.resolve(backend, device)) == "mixed"
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch, gemm_host, rows_torch
+from ..kernels import dispatch, rows_torch
 from ..kernels.contract import RowSpec, finalize, new_state
 from ..kernels.launch import accumulator
 from . import gemm, geometry, shards
@@ -18,6 +18,9 @@ from .core import Transforms, row_spec
 from .gemm import product, teacher_head
 from .shards import Shard
 from .teacher import cut, fill_topk
+
+if TYPE_CHECKING:
+    from ..kernels import head_host
 
 #: In the place of an ignored label, which may be the number of a column.  Not -1: a label of -1 is an error to be seen.
 NO_LABEL = -(1 << 40)
@@ -124,7 +127,7 @@ class Walk:
         plain = head.factor is None and head.column is None
         served = o.teacher in ("", "logits") or (o.teacher == "hidden" and self.teacher_operand == self.operand)
         self.fused = backend == "host" and self.mode == "mixed" and plain and served
-        self.tiles: dict[int, gemm_host.Tile] = {}
+        self.tiles: dict[int, head_host.Tile] = {}
         self.work: Tensor | None = None
         self.tail = tail
         if o.tail == "student" and tail is None:
@@ -203,15 +206,17 @@ class Walk:
         assert self.raw is not None
         return self._view(self.raw, part.stop - part.start, slab)
 
-    def tile(self, part: slice) -> gemm_host.Tile:
+    def tile(self, part: slice) -> head_host.Tile:
         """The rows of a part as the fused kernel takes them, packed once."""
+        from ..kernels import head_host
+
         if part.start not in self.tiles:
             teacher = self.teacher[0][part].to(self.operand) if self.o.teacher == "hidden" else None
             if self.work is None:
-                self.work = gemm_host.workspace(
+                self.work = head_host.workspace(
                     part.stop - part.start, self.hidden.shape[1], 0 if teacher is None else teacher.shape[1]
                 )
-            self.tiles[part.start] = gemm_host.Tile(self.hidden[part].to(self.operand), self.work, teacher)
+            self.tiles[part.start] = head_host.Tile(self.hidden[part].to(self.operand), self.work, teacher)
         return self.tiles[part.start]
 
     def heads(self, part: slice, slab: Slab):

@@ -9,7 +9,7 @@ import torch
 from test_gemm import pytestmark  # noqa: F401  the same machines
 
 from burnish import Teacher, linear_loss, linear_stats, objectives
-from burnish.kernels import gemm_host, rows_host
+from burnish.kernels import gemm_host, head_host, rows_host
 from burnish.kernels.contract import RowSpec, coefficients, finalize, new_state
 from burnish.ops.slabs import Walk
 
@@ -60,7 +60,7 @@ def test_fold_and_grad_are_those_of_the_row_kernels_on_the_same_logits(shape, ca
     z = torch.empty(n, v)
     gemm_host.product(x, w.t(), z)
     z += bias
-    tile = gemm_host.Tile(x, gemm_host.workspace(n, h, h + 9 if own else 0), tx)
+    tile = head_host.Tile(x, head_host.workspace(n, h, h + 9 if own else 0), tx)
     states = [new_state(n, torch.float32, x.device) for _ in range(2)]
     start, cut = 7, v // 3
     rows_host.fold(z, t, states[0], y + start, spec, start=start, **temps)
@@ -91,9 +91,9 @@ _CONSTANT = ("hit", "teacher_entropy", "teacher_logp")
 
 
 def test_what_is_not_asked_for_is_not_written():
-    x, w, y, g = operands(40, 48, 600)
+    x, w, y, _ = operands(40, 48, 600)
     spec = spec_of(())
-    tile = gemm_host.Tile(x, gemm_host.workspace(40, 48))
+    tile = head_host.Tile(x, head_host.workspace(40, 48))
     state = new_state(40, torch.float32, x.device)
     tile.fold((w, None), None, state, y, spec)
     coef = coefficients(finalize(state, spec), {"logp": torch.ones(40)}, spec)
@@ -115,7 +115,7 @@ def test_hidden_states_of_any_strides():
     views = [x.t().contiguous().t(), torch.cat([x, x], 1)[:, :60], x.repeat_interleave(2, 0)[::2]]
     spec, found = spec_of(()), []
     for v in (x, *views):
-        tile, state = gemm_host.Tile(v, gemm_host.workspace(70, 60)), new_state(70, torch.float32, x.device)
+        tile, state = head_host.Tile(v, head_host.workspace(70, 60)), new_state(70, torch.float32, x.device)
         tile.fold((w, None), None, state, y, spec)
         coef = coefficients(finalize(state, spec), {"logp": torch.ones(70)}, spec)
         dw = torch.empty(300, 60)
@@ -167,9 +167,9 @@ def count_products(monkeypatch):
     """Calls of the fused kernel, by name."""
     calls = []
     for name in ("fold", "grad"):
-        own = getattr(gemm_host.Tile, name)
+        own = getattr(head_host.Tile, name)
         monkeypatch.setattr(
-            gemm_host.Tile, name, lambda *a, _own=own, _name=name, **k: (calls.append(_name), _own(*a, **k))[1]
+            head_host.Tile, name, lambda *a, _own=own, _name=name, **k: (calls.append(_name), _own(*a, **k))[1]
         )
     return calls
 
@@ -218,16 +218,15 @@ def test_teachers_and_masks_are_those_of_the_unfused_order(monkeypatch, kind):
 
             monkeypatch.setattr(Walk, "__init__", plain)
         leaves = [v.clone().requires_grad_() for v in (x, w)]
-        loss = linear_loss(
-            *leaves, y, objectives.target_sft(0.5), bias=bias.bfloat16(), teacher=teacher, plan="vocab"
-        )
+        loss = linear_loss(*leaves, y, objectives.target_sft(0.5), bias=bias.bfloat16(), teacher=teacher, plan="vocab")
         found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-5)
         assert (a.float() - b.float()).norm() <= 1e-3 * b.float().norm()
 
 
-def test_compiled_graphs_take_the_same_order():
+def test_a_compiled_graph_agrees():
+    """It is traced without a look at the machine, in token-outer order."""
     x, w, y, _ = operands(64, 32, 300)
     y[3] = -100
     found = []
@@ -242,9 +241,9 @@ def test_compiled_graphs_take_the_same_order():
 def test_a_workspace_that_is_too_small_is_not_used():
     x, w, y, _ = operands(200, 64, 600)
     spec, found = spec_of(()), []
-    for work in (gemm_host.workspace(200, 64), gemm_host.workspace(1, 1)):
+    for work in (head_host.workspace(200, 64), head_host.workspace(1, 1)):
         state = new_state(200, torch.float32, x.device)
-        gemm_host.Tile(x, work).fold((w, None), None, state, y, spec)
+        head_host.Tile(x, work).fold((w, None), None, state, y, spec)
         found.append(state.nan_to_num())
     assert torch.equal(*found)
 
@@ -254,7 +253,7 @@ def test_empty_slabs_and_tiles():
     for n, v in itertools.product((0, 3), (0, 4)):
         if n and v:
             continue
-        tile = gemm_host.Tile(torch.ones(n, 8).bfloat16(), gemm_host.workspace(n, 8))
+        tile = head_host.Tile(torch.ones(n, 8).bfloat16(), head_host.workspace(n, 8))
         state = new_state(n, torch.float32, torch.device("cpu"))
         before = state.clone()
         tile.fold((torch.ones(v, 8).bfloat16(), None), None, state, torch.zeros(n, dtype=torch.int64), spec)
