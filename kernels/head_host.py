@@ -63,7 +63,8 @@ def check_against_twin() -> None:
 
 def workspace(rows: int, hidden: int, teacher_hidden: int = 0) -> torch.Tensor:
     """Scratch of a ``Tile`` of so many rows on as many threads as torch has now."""
-    return pages.scratch(library().burnish_head_bytes(rows, hidden, teacher_hidden, torch.get_num_threads()))
+    size = library().burnish_head_bytes(rows, hidden, teacher_hidden, torch.get_num_threads())
+    return pages.empty(size, dtype=torch.uint8)
 
 
 class Packed:
@@ -78,7 +79,9 @@ class Packed:
         """Where it lies, packed at the first call."""
         if columns not in self._packed:
             lines, depth = (self.hidden, self.rows) if columns else (self.rows, self.hidden)
-            out = self._packed[columns] = pages.scratch(2 * library().burnish_packed_numbers(lines, depth))
+            out = self._packed[columns] = pages.empty(
+                library().burnish_packed_numbers(lines, depth), dtype=torch.bfloat16
+            )
             library().burnish_pack(
                 self._x.data_ptr(), self._ld, self._by_columns != columns, columns, lines, depth, out.data_ptr()
             )

@@ -28,18 +28,6 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return x
 
 
-def scratch(size: int) -> torch.Tensor:
-    """``size`` bytes on huge pages of their own, where the system has them: for what a core goes through at random.
-
-    A tile register's product over 4 KiB pages takes three times as long in a virtual machine.
-    """
-    x = torch.empty(size + 2 * _HUGE, dtype=torch.uint8)
-    first = -x.data_ptr() % _HUGE
-    if sys.platform == "linux":
-        _libc().madvise(x.data_ptr() + first, -(-size // _HUGE) * _HUGE, _MADV_HUGEPAGE)
-    return x[first : first + size]
-
-
 @functools.cache
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None)

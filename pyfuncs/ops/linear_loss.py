@@ -88,7 +88,8 @@ def linear_loss(
         metrics: per-token diagnostics to return: nll, logp, entropy, hit, lse, square, top_entropy.
         plan: "tokens" (three GEMMs; a mean or a sum over a head that is one tensor, rows that do not interact) or
             "vocab" (four; everything, and the gradients of any upstream); "auto" takes "tokens" where it can be,
-            but on a CPU with tile registers and a bf16 head, where "vocab" keeps the logits in the cores' caches.
+            but on a CPU with tile registers, where "vocab" keeps a bf16 head's logits in the cores' caches (without a
+            budget, outside a compiled graph).
         budget: bytes of scratch beside inputs, outputs and gradients; fixes the chunk size.  Default:
             what 256 tokens need on a CPU, 1024 elsewhere; in the vocabulary-outer order, a slab's tile.
         backend: "auto" (the tensors' device), "triton", "host" (C++ on the CPU) or "torch".
@@ -125,7 +126,9 @@ def linear_loss(
     parts = not isinstance(weight, Tensor) or shards.is_dtensor(weight) or sink is not None or group is not None
     joint = getattr(objective, "joint", False)
     vocab = plan == "vocab" or parts or joint or reduction == "none"
-    if vocab or (plan == "auto" and _stays_in_cache(hidden, weight, bias, objective, teacher, metrics, backend)):
+    if plan == "auto" and budget is None and not vocab:
+        vocab = _stays_in_cache(hidden, weight, bias, objective, teacher, metrics, backend)
+    if vocab:
         if plan == "tokens":
             raise ValueError(
                 "plan='tokens' makes its gradients in forward: it takes a head that is one tensor and reduction "

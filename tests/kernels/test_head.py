@@ -193,6 +193,7 @@ def test_which_calls_take_it(monkeypatch):
     both = ["fold", "grad"]
     assert took() == took(b=bias) == took(metrics=("entropy", "hit")) == both
     assert took(objective=objectives.kd(), teacher=given) == took(objective=objectives.kd(), teacher=second) == both
+    assert took(budget=1 << 30) == []
     assert took(plan="tokens") == took(kind=torch.float32) == took(kind=torch.float16) == took(backend="torch") == []
     assert took(b=bias.clone().requires_grad_()) == took(metrics=("top_entropy",)) == []
     assert took(objective=objectives.kd(), teacher=wide) == took(objective=objectives.jsd(), teacher=second) == []

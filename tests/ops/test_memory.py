@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from burnish import Teacher, linear_loss, objectives, row_loss
+from burnish.kernels import gemm_host
 from burnish.ops import geometry
 from burnish.ops.live_bytes import LiveBytes
 
@@ -72,7 +73,9 @@ def test_peak_is_within_the_budget(n, reduction, objective, teacher, dtype, back
         tile = smaller.rows * smaller.columns * 4
     assert tight <= small
     # the bound means something: without the twin's and the slabs' reserve the chunk itself is most of it
-    assert tight >= tile
+    fused = reduction == "none" and (objective.name, dtype, backend) == ("nll", torch.bfloat16, "host")
+    if not (fused and gemm_host.supported()):  # on tile registers logits have no tile
+        assert tight >= tile
 
 
 def test_the_budget_is_not_a_function_of_the_rows():
