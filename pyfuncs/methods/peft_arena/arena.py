@@ -98,7 +98,7 @@ class Arena:
         if all(self.done(r) for r in runs):  # under torchrun: in whichever process is the last
             from .report import write_report
 
-            print(write_report(self.output, self.config))
+            print(write_report(self.output, self.config, self.runs))
 
     def path(self, run: Run) -> Path:
         """Where a run's JSON is."""
@@ -115,14 +115,13 @@ class Arena:
             return False
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{self.path(run)}: is no run's JSON: remove it") from None
-        own = run.settings()
-        for name in ("technique", "arguments", "rate", "steps", "seed"):
-            if found.get(name) != own[name]:
-                raise ValueError(
-                    f"{self.path(run)}: {name} is {found.get(name)!r}, but {own[name]!r} in the file: remove it, or "
-                    "give the method another label"
-                )
-        return bool(run.control) or not found.get("control")
+        name = run.differs(found)
+        if name:
+            raise ValueError(
+                f"{self.path(run)}: {name} is {found.get(name)!r}, but {run.settings()[name]!r} in the file: remove "
+                "it, or give the method another label"
+            )
+        return run.has_all(found)
 
     def one(self, run: Run, progress: str = "") -> dict[str, Any]:
         """Train, score, rewind, measure and write one run; returns what is written.  Of one whose weights or

@@ -11,6 +11,7 @@ from typing import Any
 from ...paths import Scored, hypervolume, pareto_front, retention_at
 from ..intervals import interval
 from .correlation import pearson, spearman
+from .plan import Run
 
 #: {"mean": of seeds, "half": half the width of its 95% interval or None, "n": seeds}.
 Estimate = dict[str, Any]
@@ -19,13 +20,34 @@ Summary = dict[str, Any]
 
 def read_runs(output: str | Path) -> list[dict[str, Any]]:
     """The runs of an arena's directory, by name.  ValueError where there is none, or one cannot be read."""
+    return list(_read(output).values())
+
+
+def read_planned(output: str | Path, plan: Iterable[Run]) -> tuple[list[dict[str, Any]], int]:
+    """(the runs of ``plan`` that are in an arena's directory, how many others are there).
+
+    What a run is, a control or one of the grid, is as the plan says it.  ValueError where none is there, or one cannot
+    be read.
+    """
+    named, out = {run.name: run for run in plan}, []
+    found = _read(output)
+    for name, one in found.items():
+        run = named.get(name)
+        if run is not None and run.differs(one["run"]) is None and run.has_all(one["run"]):
+            out.append({**one, "run": run.settings()})
+    if not out:
+        raise ValueError(f"{output}: has no finished run of those that the file asks for")
+    return out, len(found) - len(out)
+
+
+def _read(output: str | Path) -> dict[str, dict[str, Any]]:
     files = sorted((Path(output) / "runs").glob("*.json"))
     if not files:
         raise ValueError(f"{output}: has no finished run")
-    out = []
+    out = {}
     for file in files:
         try:
-            out.append(json.loads(file.read_text()))
+            out[file.stem] = json.loads(file.read_text())
         except ValueError:
             raise ValueError(f"{file}: is no run's JSON") from None
     return out
@@ -40,7 +62,9 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
     return {"mean": mean, "half": None if math.isnan(half) else half, "n": len(found)}
 
 
-def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0.02, 0.05, 0.1)) -> Summary:
+def summarise(
+    runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0.02, 0.05, 0.1), others: int = 0
+) -> Summary:
     """Everything that a report shows, as plain JSON.
 
     base: target and retention before training.
@@ -56,6 +80,7 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
     rewinding: each method and path at its highest rate: the final model, and the point chosen on held-out suites,
         tested; against each control, the retention of the path less the control's at the control's own target, on
         held-out suites, in which nothing is chosen.
+    others: runs that lie beside these and were left out.
     diverged: runs whose weights or outputs are no longer finite; they count nowhere else.
     correlations: of each metric with forgetting and with target over all runs: Pearson, Spearman, runs.
 
@@ -95,6 +120,7 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
         "rewinding": _rewinding([r for r in runs if r["run"]["label"] in methods], tops),
         "correlations": _correlations(runs),
         "runs": len(runs),
+        "others": others,
         "diverged": [f"{r['label']} {r['rate']:g}, seed {r['seed']}" for r in diverged],
     }
 

@@ -15,7 +15,7 @@ import yaml
 
 from burnish.cli import main
 from burnish.methods import load_model
-from burnish.methods.peft_arena import all_techniques, make_config
+from burnish.methods.peft_arena import all_techniques, make_config, read_planned
 from burnish.methods.peft_arena import arena as arena_module
 from burnish.methods.peft_arena.arena import Arena, snapshot
 
@@ -231,6 +231,24 @@ def test_a_control_that_becomes_a_rate_of_the_grid_is_run_again(model, tmp_path)
     assert grown.done(run) and json.loads(grown.path(run).read_text())["paths"]
     # the other way round it has all that a control has
     assert arena.done(control)
+
+
+def test_the_report_has_the_runs_that_the_file_asks_for(model, tmp_path, capsys):
+    more = {"metrics": {"weights": False, "activations": False}}
+    lora, oft = {"method": "lora", "r": 2, "lr": 1e-2}, {"method": "oft", "block_size": 16}
+    values = arenas.values(model, tmp_path / "out", methods=[lora, {**oft, "lr": [5e-3, 1e-2]}], **more)
+    Arena(make_config(values)).run()
+    assert "left out" not in capsys.readouterr().out
+    # the lower rate is a control from now on, another lora would be trained
+    values |= {"methods": [{**oft, "lr": 1e-2}, {**lora, "r": 3, "label": "lora-r2"}], "controls": {"lr_scale": [0.5]}}
+    assert main(["peft-arena", "report", write(tmp_path, values)]) == 0
+    assert "2 runs, 1 seed." in (said := capsys.readouterr().out)
+    assert "1 other run lies in the directory, not asked for by the file: left out." in said.splitlines()[0]
+    summary = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(summary["methods"]) == ["oft-b16"] and summary["others"] == 1
+    assert [(r["rate"], r["control"]) for r in summary["rows"]] == [(1e-2, ""), (5e-3, "lr x 0.5")]
+    with pytest.raises(ValueError, match="has no finished run of those that the file asks for"):
+        read_planned(tmp_path / "out", [])
 
 
 def test_metrics_may_change(model, tmp_path):
