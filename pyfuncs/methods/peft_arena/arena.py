@@ -1,7 +1,7 @@
 """An arena at work: train, score, rewind and measure each run, one JSON each; what is there already is not run again.
 
 OUTPUT/burnish_peft_arena.json       the file's options
-OUTPUT/base-MODEL.json               scores of a model before training
+OUTPUT/base-MODEL.json               scores of a model before training, and of which files they are
 OUTPUT/runs/NAME.json                one run, written whole when all of it is done
 OUTPUT/training/NAME/                its checkpoints meanwhile
 OUTPUT/report.{html,md,json}, frontier.png
@@ -220,11 +220,28 @@ class Arena:
         name = self.config.model(seed)
         file = self.output / f"base-{re.sub(r'[^A-Za-z0-9._-]+', '_', name).strip('_')}.json"
         if name not in self._base:
-            if not file.is_file():
+            of = self._scored(name)
+            try:
+                found = json.loads(file.read_text())
+            except (OSError, ValueError):
+                found = {}
+            if found.get("of") != of:
                 model, tokenizer = self._model(seed)
-                write_json(file, {s: self._both(model, tokenizer, s) for s in SPLITS})
-            self._base[name] = json.loads(file.read_text())
+                found = {"of": of, **{s: self._both(model, tokenizer, s) for s in SPLITS}}
+                write_json(file, found)
+            self._base[name] = {s: found[s] for s in SPLITS}
         return self._base[name]
+
+    def _scored(self, name: str) -> dict[str, Any]:
+        """What a model's scores before training are of, as JSON: with any of it they may change."""
+        suites = {axis: self.config[axis] for axis in self.suites}
+        given = [s.get(key) for named in suites.values() for s in named.values() for key in ("rows", "text")]
+        read = [path for path in given if isinstance(path, str)]
+        of = {
+            "model": name, "files": _stamps(name), **suites, "read": {path: _stamps(path) for path in read},
+            "eval_batch_size": self.config["eval_batch_size"],
+        }  # fmt: skip
+        return json.loads(json.dumps(of))
 
     def _model(self, seed: int):
         """(model, tokenizer) of a seed, with the weights before training."""
@@ -301,6 +318,13 @@ def load(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy a ``snapshot`` into a model."""
     for name, x in model.state_dict().items():
         x.copy_(weights[name])
+
+
+def _stamps(name: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of each in a directory; of anything else, as a hub's name, there are none."""
+    path = Path(name)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
 
 
 def _merge(model, run: Run) -> tuple[Adapter | None, dict[str, torch.Tensor]]:

@@ -251,6 +251,35 @@ def test_the_report_has_the_runs_that_the_file_asks_for(model, tmp_path, capsys)
         read_planned(tmp_path / "out", [])
 
 
+def test_scores_before_training_are_of_the_models_files(tmp_path, monkeypatch):
+    model, rows = arenas.base(tmp_path / "model", 0), tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(r) + "\n" for r in arenas.toy.rows("copy", 32)))
+    values = arenas.values(model, tmp_path / "out")
+    values["retention"] = {"copy": {"evaluator": "exact", "by": "token", "rows": str(rows)}}
+    made = []
+    scores = Arena.scores
+    monkeypatch.setattr(Arena, "scores", lambda self, *args: made.append(args[-1]) or scores(self, *args))
+
+    def base(**more):
+        made.clear()
+        arena = Arena(make_config({**values, **more}))
+        arena.output.mkdir(exist_ok=True)
+        (arena.output / arena_module.RECORD).write_text(json.dumps(dict(arena.config.values)))
+        return arena._base_scores(0), len(made)
+
+    first, count = base()
+    assert count == 2 and base() == (first, 0)
+    arenas.base(tmp_path / "model", 1)
+    second, count = base()
+    assert count == 2 and second != first
+    net, tok = load_model(model)
+    goal, kept = scores(Arena(make_config(values)), net, tok, "test")
+    assert {**goal, **kept} == second["test"]["suites"]
+    rows.write_text("".join(json.dumps(r) + "\n" for r in arenas.toy.rows("sort", 32)))
+    assert base()[1] == 2 and base()[1] == 0
+    assert base(eval_batch_size=3)[1] == 2
+
+
 def test_metrics_may_change(model, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
