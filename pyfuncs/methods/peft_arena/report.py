@@ -75,17 +75,23 @@ def tables(summary: Summary) -> Iterator[Table]:
         "trains less at the highest rate.",
         ["method", "lr", "control", "trainable", "target", "retention", "forgetting", "distance", "front"], rows,
     )  # fmt: skip
+    fewest = summary.get("fewest")  # which older results do not have
+    equal = f"hypervolume of {fewest} point{'s' if fewest != 1 else ''}"
+    fair = f"; {equal}: the mean over all choices of as many of a method's points" if fewest else ""
     limits = list(next(iter(summary["methods"].values()))["best_target"])
     yield (
         "Over learning rates",
-        f"Hypervolume above (target before, 0); retention where target is {summary['matched']:.3f}, which every "
-        "method's mean reaches (of the seeds that do); target at the rate chosen on held-out suites to forget at most "
-        "so much.",
-        ["method", "hypervolume", "retention at matched target", *(f"target, forgetting <= {x}" for x in limits)],
+        "Hypervolume above (target before, 0), which grows with the number of points, and so with a longer list of "
+        f"rates{fair}; retention where target is {summary['matched']:.3f}, which every method's mean reaches (of the "
+        "seeds that do); target at the rate chosen on held-out suites to forget at most so much.",
+        ["method", "points", "hypervolume", *([equal] if fewest else []), "retention at matched target",
+         *(f"target, forgetting <= {x}" for x in limits)],
         [
             [
                 label,
+                str(sum(r["label"] == label and not r["control"] for r in summary["rows"])),
                 _cell(m["hypervolume"]),
+                *([_cell(m["hypervolume_of_fewest"])] if fewest else []),
                 _cell(m["retention_at"], seeds=m.get("seeds", seeds)),
                 *(_cell(m["best_target"][x]) for x in limits),
             ]

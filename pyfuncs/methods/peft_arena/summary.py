@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,12 @@ def summarise(
     rows: each method at each rate, and its controls, on the test suites.
     methods: of each method over its rates:
         hypervolume: over the seed's points, above (the base model's target, 0);
+        hypervolume_of_fewest: ``mean_hypervolume`` of ``fewest`` of them, where ``fewest`` is a number;
         best_target: for each limit of forgetting, the target on the tests at the rate that is best within it on the
             held-out suites; the base model's where none is;
         retention_at: retention at ``matched``, on the straight lines between the base model and the method's points, of
             the seeds that reach it; seeds: of how many.
+    fewest: the smallest number of points that any method has of any seed; None where all have as many.
     matched: the target that every method reaches: the least of their best.
     front: labels and rates of the points that nothing dominates, of the means over seeds.
     rewinding: each method and path at its highest rate: the final model, and the point chosen on held-out suites,
@@ -102,6 +105,8 @@ def summarise(
         for label in methods
     }
     matched = min(best.values())
+    counts = {len(g) for group in methods.values() for g in _grouped(group, lambda r: r["run"]["seed"]).values()}
+    fewest = min(counts) if len(counts) > 1 else None
     trained = [r for r in rows if not r["control"]]
     # a seed of which every run diverged does not reach the target either
     trained_of = _grouped([*diverged, *(r["run"] for r in runs)], lambda r: r["label"])
@@ -112,8 +117,9 @@ def summarise(
         "suites": sorted(runs[0]["base"]["test"]["suites"]),
         "rows": rows,
         "matched": matched,
+        "fewest": fewest,
         "methods": {
-            label: {**_method(group, matched, limits), "seeds": len({r["seed"] for r in trained_of[label]})}
+            label: {**_method(group, matched, limits, fewest), "seeds": len({r["seed"] for r in trained_of[label]})}
             for label, group in methods.items()
         },
         "front": [p.name for p in pareto_front(points)],
@@ -169,14 +175,35 @@ def _scored(scores: dict, split: str, t: float = 0.0) -> Scored:
     return Scored(scores[split]["target"], scores[split]["retention"], t)
 
 
-def _method(group: list[dict], matched: float, limits: Sequence[float]) -> dict[str, Any]:
+def mean_hypervolume(points: Sequence[Scored], reference: tuple[float, float], count: int) -> float:
+    """The mean of ``hypervolume`` over all choices of ``count`` of the points.
+
+    ValueError where there are fewer points, or ``count`` is below 1.
+    """
+    if not 1 <= count <= len(points):
+        raise ValueError(f"count must be from 1 to the {len(points)} points; got {count}")
+    # cell by cell: the share of the choices in which a point reaches it
+    xs = sorted({max(p.target, reference[0]) for p in points} | {reference[0]})
+    ys = sorted({max(p.retention, reference[1]) for p in points} | {reference[1]})
+    every, area = math.comb(len(points), count), 0.0
+    for x, right in pairwise(xs):
+        for y, top in pairwise(ys):
+            short = sum(p.target < right or p.retention < top for p in points)
+            area += (right - x) * (top - y) * (1 - math.comb(short, count) / every)
+    return area
+
+
+def _method(group: list[dict], matched: float, limits: Sequence[float], fewest: int | None) -> dict[str, Any]:
     seeds = list(_grouped(group, lambda r: r["run"]["seed"]).values())
-    areas, kept = [], []
+    areas, equal, kept = [], [], []
     at: dict[float, list[float]] = {x: [] for x in limits}
     for runs in seeds:
         base = runs[0]["base"]
-        points = [_scored(base, "test"), *(_scored(r["final"], "test") for r in runs)]
-        areas.append(hypervolume(points, (base["test"]["target"], 0.0)))
+        trained = [_scored(r["final"], "test") for r in runs]
+        points, reference = [_scored(base, "test"), *trained], (base["test"]["target"], 0.0)
+        areas.append(hypervolume(points, reference))
+        if fewest is not None:
+            equal.append(mean_hypervolume(trained, reference, fewest))
         kept.append(retention_at(points, matched))
         for x in limits:
             floor = base["held_out"]["retention"] - x
@@ -184,7 +211,7 @@ def _method(group: list[dict], matched: float, limits: Sequence[float]) -> dict[
             best = max(fit, key=lambda f: f["held_out"]["target"], default=base)
             at[x].append(_test(best, "target"))
     return {
-        "hypervolume": estimate(areas), "retention_at": estimate(kept),
+        "hypervolume": estimate(areas), "hypervolume_of_fewest": estimate(equal), "retention_at": estimate(kept),
         "best_target": {f"{x:g}": estimate(v) for x, v in at.items()},
     }  # fmt: skip
 
