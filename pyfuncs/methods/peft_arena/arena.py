@@ -79,6 +79,7 @@ class Arena:
             self.done(run)
         self._loaded: tuple[str, Any, Any] | None = None
         self._base: dict[str, dict[str, Any]] = {}
+        self._completed = False
 
     def run(self) -> None:
         """Make what is missing, this process's share of it under torchrun, and the report when nothing is."""
@@ -86,16 +87,19 @@ class Arena:
         with alone():
             quiet_bars()
             self.output.mkdir(parents=True, exist_ok=True)
-            write_json(self.output / RECORD, dict(self.config.values))
+            with self._one_at_a_time():
+                write_json(self.output / RECORD, dict(self.config.values))
             runs = self.runs
             finished = sum(self.done(r) for r in runs)
+            # where nothing is missing no process completes the runs
+            self._completed = finished == len(runs) and rank == 0
             if finished:
                 note(f"{finished} of {len(runs)} runs are done already")
             for number, one in enumerate(runs):
                 # by place in the whole list, which all processes have alike whenever they look
                 if number % world == rank and not self.done(one):
                     self.one(one, f"[{number + 1}/{len(runs)}]")
-        if all(self.done(r) for r in runs):  # under torchrun: in whichever process is the last
+        if self._completed:  # under torchrun: in one process, whichever is the last
             from .report import write_report
 
             print(write_report(self.output, self.config, self.runs))
@@ -161,8 +165,10 @@ class Arena:
         )  # fmt: skip
 
     def _write(self, run: Run, result: dict[str, Any], text: str) -> dict[str, Any]:
-        self.path(run).parent.mkdir(exist_ok=True)
-        write_json(self.path(run), result)
+        with self._one_at_a_time():
+            self.path(run).parent.mkdir(exist_ok=True)
+            write_json(self.path(run), result)
+            self._completed = all(self.done(r) for r in self.runs)
         shutil.rmtree(self.output / "training" / run.name, ignore_errors=True)
         note(text)
         return result
@@ -228,7 +234,8 @@ class Arena:
             if found.get("of") != of:
                 model, tokenizer = self._model(seed)
                 found = {"of": of, **{s: self._both(model, tokenizer, s) for s in SPLITS}}
-                write_json(file, found)
+                with self._one_at_a_time():
+                    write_json(file, found)
             self._base[name] = {s: found[s] for s in SPLITS}
         return self._base[name]
 
@@ -271,6 +278,19 @@ class Arena:
 
     def _rows(self, tokenizer) -> list[dict]:
         return self.data if isinstance(self.data, list) else self.data.rows(bool(tokenizer.chat_template))
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Within, no other process of the arena is: two that write one file would take each other's temporary file, and
+        two that end together would both be the last."""
+        import fcntl  # not on Windows, where burnish must still import
+
+        handle = os.open(self.output, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
     def _keep(self, run: Run, model, adapter, work, post) -> None:
         folder = self.output / "models" / run.name

@@ -31,10 +31,6 @@ def write(folder, values):
     return str(file)
 
 
-def without_times(run):
-    return {**{k: v for k, v in run.items() if k not in ("seconds", "training")}, "loss": run["training"]["loss"]}
-
-
 def test_every_technique_runs(model, tmp_path, capsys):
     methods = [
         {"method": name, "lr": 1e-2, **({"r": 2} if t.size == "r" else {})} for name, t in all_techniques().items()
@@ -144,11 +140,11 @@ def test_killed_and_run_again(model, tmp_path):
         assert p.stat().st_mtime_ns == stamp
     for p in (tmp_path / "whole" / "runs").glob("*.json"):
         one, other = (json.loads((tmp_path / d / "runs" / p.name).read_text()) for d in ("whole", "cut"))
-        assert without_times(one) == without_times(other)
+        assert arenas.without_times(one) == arenas.without_times(other)
         assert bool(one["paths"]) == (not one["run"]["control"])  # a control is not rewound
 
 
-def test_two_processes_share_the_runs(model, tmp_path, monkeypatch):
+def test_two_processes_share_the_runs(model, tmp_path, monkeypatch, capsys):
     """Each has every other run, as RANK says, and the last one reports; within, nothing sees a process group."""
     values = arenas.values(model, tmp_path / "out", methods=[{"method": "lora", "r": r, "lr": 1e-2} for r in (1, 2, 3)],
                            metrics={"weights": False, "activations": False})  # fmt: skip
@@ -172,6 +168,34 @@ def test_two_processes_share_the_runs(model, tmp_path, monkeypatch):
         assert os.environ["RANK"] == str(rank) and os.environ["WORLD_SIZE"] == "2"
         assert (tmp_path / "out" / "report.html").exists() == (rank == 1)
     assert seen == {0: ["lora-r1", "lora-r3"], 1: ["lora-r2"]}
+    # where all is done one of them reports, too
+    capsys.readouterr()
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        arenas_of[rank].run()
+    assert capsys.readouterr().out.count("written: ") == 1
+
+
+def test_two_that_end_together_report_once(model, tmp_path, monkeypatch, capsys):
+    """The second process writes its run before the first, which has written its own, looks whether all are there."""
+    values = arenas.values(model, tmp_path / "out", methods=[{"method": "full", "lr": [1e-3, 1e-2]}],
+                           metrics={"weights": False, "activations": False})  # fmt: skip
+    first, second = (Arena(make_config(values)) for _ in range(2))
+    one = Arena.one
+
+    def both(self, run, progress=""):
+        one(self, run, progress)
+        if self is first:
+            with monkeypatch.context() as within:
+                within.setenv("WORLD_SIZE", "2")
+                within.setenv("RANK", "1")
+                second.run()
+
+    monkeypatch.setattr(Arena, "one", both)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    first.run()
+    assert capsys.readouterr().out.count("written: ") == 1
 
 
 def test_each_process_sees_one_gpu(monkeypatch):
