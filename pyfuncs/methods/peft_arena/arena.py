@@ -32,8 +32,8 @@ from ..models import check_model_name, load_model
 from ..processes import world_size
 from ..run_directory import note, quiet_bars, write_json
 from . import metrics
-from .config import Config
-from .evaluators import SPLITS, NotFinite, Suite, label_stats
+from .config import Config, files_in
+from .evaluators import SPLITS, NotFinite, Suite, label_stats, prompt_of
 from .plan import Run, plan_runs
 from .rewind import choose_point, mean, paths_of, rule_of, travelled
 from .techniques import technique
@@ -65,6 +65,7 @@ class Arena:
         for seed in config["seeds"]:
             check_model_name(config.model(seed))
         self.data = self._load_data()
+        self._check_splits()
         self._check_output()
         # from the model's config alone: what is wrong is said before any weights are read
         empty = empty_model(config.model(config["seeds"][0]), torch.float32)
@@ -242,10 +243,8 @@ class Arena:
     def _scored(self, name: str) -> dict[str, Any]:
         """What a model's scores before training are of, as JSON: with any of it they may change."""
         suites = {axis: self.config[axis] for axis in self.suites}
-        given = [s.get(key) for named in suites.values() for s in named.values() for key in ("rows", "text")]
-        read = [path for path in given if isinstance(path, str)]
         of = {
-            "model": name, "files": _stamps(name), **suites, "read": {path: _stamps(path) for path in read},
+            "model": name, "files": _stamps(name), **suites, "read": [_stamps(str(f)) for f in files_in(suites)],
             "eval_batch_size": self.config["eval_batch_size"],
         }  # fmt: skip
         return json.loads(json.dumps(of))
@@ -275,6 +274,22 @@ class Arena:
             return data
         rows = list(load_function(source, "data")(**arguments))
         return _checked_rows(rows, source)
+
+    def _check_splits(self) -> None:
+        """ValueError where a function is handed a file that the other side reads too, and rows are in both."""
+        if isinstance(self.data, TaskData):
+            return
+        rows = self.data if isinstance(self.data, list) else self.data.records
+        trained = [*files_in(self.config["data"]), *files_in(self.config["data_args"])]
+        for axis, named in self.suites.items():
+            for name, suite in named.items():
+                shared = [f for f in files_in(self.config[axis][name]) if any(f.samefile(t) for t in trained)]
+                both = [r for r in rows if prompt_of(r) in suite.prompts] if shared else []
+                if both:
+                    raise ValueError(
+                        f"data and {axis}: {name} read one file, {shared[0].resolve()}, and {len(both)} rows of the "
+                        f"data are in the suite; the first is {str(both[0])[:80]}"
+                    )
 
     def _rows(self, tokenizer) -> list[dict]:
         return self.data if isinstance(self.data, list) else self.data.rows(bool(tokenizer.chat_template))

@@ -6,7 +6,8 @@ Everything that can be read without a model is checked here; the runs that it as
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os.path
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,15 @@ def make_config(values: Mapping[str, Any]) -> Config:
     return Config(
         given, _methods(given), tuple(sorted({0.0, *grid, 1.0})), variants, power, rule,
     )  # fmt: skip
+
+
+def files_in(value: Any) -> Iterator[Path]:
+    """The files that an option's value names, however deep in it."""
+    if isinstance(value, str) and os.path.isfile(value):
+        yield Path(value)
+    elif isinstance(value, (Mapping, list)):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from files_in(one)
 
 
 def _files_apart(given: Mapping[str, Any]) -> None:

@@ -392,6 +392,32 @@ def test_training_data_loses_the_suites_problems(model, tmp_path):
         Arena(make_config(values))
 
 
+def test_splits_of_one_file_have_no_row_in_common(model, tmp_path, monkeypatch):
+    import tiny_models as tiny
+
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i}+1=", "completion": "2"} for i in range(12)]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    parts = {"train": slice(6), "held_out": slice(6, 9), "test": slice(9, 12), "leak": slice(4, 11)}
+
+    def part(path, split, size=None):
+        return [json.loads(line) for line in open(path)][parts[split]]
+
+    monkeypatch.setattr(tiny, "part", part, raising=False)
+    values = arenas.values(model, tmp_path / "out")
+    values |= {
+        "data": "tiny_models:part", "data_args": {"path": str(file), "split": "train"},
+        "target": {"it": {"evaluator": "exact", "rows": "tiny_models:part", "args": {"path": str(file)}}},
+    }  # fmt: skip
+    Arena(make_config(values))
+    message = rf"^data and target: it read one file, {file.resolve()}, and {{}} rows of the data are in the suite; "
+    values["data_args"] = {"path": str(file), "split": "leak"}
+    with pytest.raises(ValueError, match=message.format(5)):
+        Arena(make_config(values))
+    with pytest.raises(ValueError, match=message.format(6)):  # which trains on all rows
+        Arena(make_config({**values, "data": str(file), "data_args": {}}))
+
+
 def test_bad_data(model, tmp_path, monkeypatch):
     import tiny_models as tiny
 
