@@ -12,14 +12,14 @@ _HOMES = {
     "Suite": "evaluators", "Technique": "techniques", "all_techniques": "techniques", "apply": "techniques",
     "choose_point": "rewind", "html": "report", "make_config": "config", "markdown": "report",
     "match_budget": "techniques", "minor_components": "techniques", "paths_of": "rewind", "plan_runs": "plan",
-    "read_config": "config", "read_runs": "summary", "summarise": "summary", "trainable_parameters": "techniques",
-    "travelled": "rewind",
+    "read_config": "config", "read_planned": "summary", "read_runs": "summary", "summarise": "summary",
+    "trainable_parameters": "techniques", "travelled": "rewind",
 }  # fmt: skip
 
 __all__ = [
     "Arena", "Budget", "Config", "Rewinding", "Run", "Suite", "Technique", "all_techniques", "apply", "choose_point",
     "html", "make_config", "markdown", "match_budget", "minor_components", "paths_of", "plan_runs", "read_config",
-    "read_runs", "summarise", "trainable_parameters", "travelled",
+    "read_planned", "read_runs", "summarise", "trainable_parameters", "travelled",
 ]  # fmt: skip
 
 

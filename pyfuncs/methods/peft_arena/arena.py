@@ -1,7 +1,7 @@
 """An arena at work: train, score, rewind and measure each run, one JSON each; what is there already is not run again.
 
 OUTPUT/burnish_peft_arena.json       the file's options
-OUTPUT/base-MODEL.json               scores of a model before training
+OUTPUT/base-MODEL.json               scores of a model before training, and of which files they are
 OUTPUT/runs/NAME.json                one run, written whole when all of it is done
 OUTPUT/training/NAME/                its checkpoints meanwhile
 OUTPUT/report.{html,md,json}, frontier.png
@@ -32,8 +32,8 @@ from ..models import check_model_name, load_model
 from ..processes import world_size
 from ..run_directory import note, quiet_bars, write_json
 from . import metrics
-from .config import Config
-from .evaluators import SPLITS, NotFinite, Suite, label_stats
+from .config import Config, files_in
+from .evaluators import SPLITS, NotFinite, Suite, label_stats, prompt_of
 from .plan import Run, plan_runs
 from .rewind import choose_point, mean, paths_of, rule_of, travelled
 from .techniques import technique
@@ -65,6 +65,7 @@ class Arena:
         for seed in config["seeds"]:
             check_model_name(config.model(seed))
         self.data = self._load_data()
+        self._check_splits()
         self._check_output()
         # from the model's config alone: what is wrong is said before any weights are read
         empty = empty_model(config.model(config["seeds"][0]), torch.float32)
@@ -79,6 +80,7 @@ class Arena:
             self.done(run)
         self._loaded: tuple[str, Any, Any] | None = None
         self._base: dict[str, dict[str, Any]] = {}
+        self._completed = False
 
     def run(self) -> None:
         """Make what is missing, this process's share of it under torchrun, and the report when nothing is."""
@@ -86,19 +88,22 @@ class Arena:
         with alone():
             quiet_bars()
             self.output.mkdir(parents=True, exist_ok=True)
-            write_json(self.output / RECORD, dict(self.config.values))
+            with self._one_at_a_time():
+                write_json(self.output / RECORD, dict(self.config.values))
             runs = self.runs
             finished = sum(self.done(r) for r in runs)
+            # where nothing is missing no process completes the runs
+            self._completed = finished == len(runs) and rank == 0
             if finished:
                 note(f"{finished} of {len(runs)} runs are done already")
             for number, one in enumerate(runs):
                 # by place in the whole list, which all processes have alike whenever they look
                 if number % world == rank and not self.done(one):
                     self.one(one, f"[{number + 1}/{len(runs)}]")
-        if all(self.done(r) for r in runs):  # under torchrun: in whichever process is the last
+        if self._completed:  # under torchrun: in one process, whichever is the last
             from .report import write_report
 
-            print(write_report(self.output, self.config))
+            print(write_report(self.output, self.config, self.runs))
 
     def path(self, run: Run) -> Path:
         """Where a run's JSON is."""
@@ -115,14 +120,13 @@ class Arena:
             return False
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{self.path(run)}: is no run's JSON: remove it") from None
-        own = run.settings()
-        for name in ("technique", "arguments", "rate", "steps", "seed"):
-            if found.get(name) != own[name]:
-                raise ValueError(
-                    f"{self.path(run)}: {name} is {found.get(name)!r}, but {own[name]!r} in the file: remove it, or "
-                    "give the method another label"
-                )
-        return bool(run.control) or not found.get("control")
+        name = run.differs(found)
+        if name:
+            raise ValueError(
+                f"{self.path(run)}: {name} is {found.get(name)!r}, but {run.settings()[name]!r} in the file: remove "
+                "it, or give the method another label"
+            )
+        return run.has_all(found)
 
     def one(self, run: Run, progress: str = "") -> dict[str, Any]:
         """Train, score, rewind, measure and write one run; returns what is written.  Of one whose weights or
@@ -162,8 +166,10 @@ class Arena:
         )  # fmt: skip
 
     def _write(self, run: Run, result: dict[str, Any], text: str) -> dict[str, Any]:
-        self.path(run).parent.mkdir(exist_ok=True)
-        write_json(self.path(run), result)
+        with self._one_at_a_time():
+            self.path(run).parent.mkdir(exist_ok=True)
+            write_json(self.path(run), result)
+            self._completed = all(self.done(r) for r in self.runs)
         shutil.rmtree(self.output / "training" / run.name, ignore_errors=True)
         note(text)
         return result
@@ -221,11 +227,27 @@ class Arena:
         name = self.config.model(seed)
         file = self.output / f"base-{re.sub(r'[^A-Za-z0-9._-]+', '_', name).strip('_')}.json"
         if name not in self._base:
-            if not file.is_file():
+            of = self._scored(name)
+            try:
+                found = json.loads(file.read_text())
+            except (OSError, ValueError):
+                found = {}
+            if found.get("of") != of:
                 model, tokenizer = self._model(seed)
-                write_json(file, {s: self._both(model, tokenizer, s) for s in SPLITS})
-            self._base[name] = json.loads(file.read_text())
+                found = {"of": of, **{s: self._both(model, tokenizer, s) for s in SPLITS}}
+                with self._one_at_a_time():
+                    write_json(file, found)
+            self._base[name] = {s: found[s] for s in SPLITS}
         return self._base[name]
+
+    def _scored(self, name: str) -> dict[str, Any]:
+        """What a model's scores before training are of, as JSON: with any of it they may change."""
+        suites = {axis: self.config[axis] for axis in self.suites}
+        of = {
+            "model": name, "files": _stamps(name), **suites, "read": [_stamps(str(f)) for f in files_in(suites)],
+            "eval_batch_size": self.config["eval_batch_size"],
+        }  # fmt: skip
+        return json.loads(json.dumps(of))
 
     def _model(self, seed: int):
         """(model, tokenizer) of a seed, with the weights before training."""
@@ -253,8 +275,37 @@ class Arena:
         rows = list(load_function(source, "data")(**arguments))
         return _checked_rows(rows, source)
 
+    def _check_splits(self) -> None:
+        """ValueError where a function is handed a file that the other side reads too, and rows are in both."""
+        if isinstance(self.data, TaskData):
+            return
+        rows = self.data if isinstance(self.data, list) else self.data.records
+        trained = [*files_in(self.config["data"]), *files_in(self.config["data_args"])]
+        for axis, named in self.suites.items():
+            for name, suite in named.items():
+                shared = [f for f in files_in(self.config[axis][name]) if any(f.samefile(t) for t in trained)]
+                both = [r for r in rows if prompt_of(r) in suite.prompts] if shared else []
+                if both:
+                    raise ValueError(
+                        f"data and {axis}: {name} read one file, {shared[0].resolve()}, and {len(both)} rows of the "
+                        f"data are in the suite; the first is {str(both[0])[:80]}"
+                    )
+
     def _rows(self, tokenizer) -> list[dict]:
         return self.data if isinstance(self.data, list) else self.data.rows(bool(tokenizer.chat_template))
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Within, no other process of the arena is: two that write one file would take each other's temporary file, and
+        two that end together would both be the last."""
+        import fcntl  # not on Windows, where burnish must still import
+
+        handle = os.open(self.output, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
     def _keep(self, run: Run, model, adapter, work, post) -> None:
         folder = self.output / "models" / run.name
@@ -302,6 +353,13 @@ def load(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy a ``snapshot`` into a model."""
     for name, x in model.state_dict().items():
         x.copy_(weights[name])
+
+
+def _stamps(name: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of each in a directory; of anything else, as a hub's name, there are none."""
+    path = Path(name)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
 
 
 def _merge(model, run: Run) -> tuple[Adapter | None, dict[str, torch.Tensor]]:

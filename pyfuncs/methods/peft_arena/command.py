@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .config import Config, read_config
+
+if TYPE_CHECKING:
+    from .plan import Run
 
 
 def run(path: str) -> Callable[[], None]:
@@ -15,13 +19,13 @@ def run(path: str) -> Callable[[], None]:
 
 
 def report(path: str) -> str:
-    """Write the report of the runs that are there, all or not; what is printed."""
+    """Write the report of the file's runs that are there, all or not; what is printed."""
     from pathlib import Path
 
     from .report import write_report
 
     config = read_config(path)
-    return write_report(Path(config["output"]), config)
+    return write_report(Path(config["output"]), config, _plan(config))
 
 
 def budgets(path: str) -> str:
@@ -31,13 +35,7 @@ def budgets(path: str) -> str:
 
 def table(config: Config) -> str:
     """The rows that ``budgets`` prints."""
-    import torch
-
-    from ..chunkft_plan import empty_model
-    from .plan import plan_runs
-
-    model = empty_model(config.model(config["seeds"][0]), torch.float32)
-    runs = plan_runs(config, model)
+    runs = _plan(config)
     rows = [("method", "size", "trainable", "budget", "mismatch", "runs")]
     for label in dict.fromkeys(r.label for r in runs):
         mine = [r for r in runs if r.label == label]
@@ -49,3 +47,12 @@ def table(config: Config) -> str:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
     return "\n".join([*lines, f"{len(runs)} runs"])
+
+
+def _plan(config: Config) -> list[Run]:
+    import torch
+
+    from ..chunkft_plan import empty_model
+    from .plan import plan_runs
+
+    return plan_runs(config, empty_model(config.model(config["seeds"][0]), torch.float32))

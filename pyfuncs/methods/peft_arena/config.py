@@ -6,8 +6,10 @@ Everything that can be read without a model is checked here; the runs that it as
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os.path
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .. import options
@@ -163,9 +165,35 @@ def make_config(values: Mapping[str, Any]) -> Config:
         raise ValueError(
             f"the suite {sorted(shared)[0]!r} is of both target and retention: give each a name of its own"
         )
+    _files_apart(given)
     return Config(
         given, _methods(given), tuple(sorted({0.0, *grid, 1.0})), variants, power, rule,
     )  # fmt: skip
+
+
+def files_in(value: Any) -> Iterator[Path]:
+    """The files that an option's value names, however deep in it."""
+    if isinstance(value, str) and os.path.isfile(value):
+        yield Path(value)
+    elif isinstance(value, (Mapping, list)):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from files_in(one)
+
+
+def _files_apart(given: Mapping[str, Any]) -> None:
+    """ValueError where a suite reads the file that is trained on: training reads all rows of it."""
+    data = Path(given["data"])
+    if not data.is_file():
+        return
+    for axis in ("target", "retention"):
+        for name, suite in given[axis].items():
+            for key in ("rows", "text"):
+                other = suite.get(key) if isinstance(suite, Mapping) else None
+                if isinstance(other, str) and Path(other).is_file() and data.samefile(other):
+                    raise ValueError(
+                        f"data and {axis}: {name}: {key} are one file, {data.resolve()}: a suite needs rows that are "
+                        "not trained on"
+                    )
 
 
 def _methods(given: Mapping[str, Any]) -> tuple[Method, ...]:

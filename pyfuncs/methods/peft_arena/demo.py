@@ -76,11 +76,12 @@ def run(options: PeftArenaDemoOptions) -> dict:
                 model.save_pretrained(made)
                 tokenizer.save_pretrained(made)
         config = smollm_config(options)
-    Arena(config).run()
+    arena = Arena(config)
+    arena.run()
     from . import plot, summary
 
-    runs = summary.read_runs(config["output"])
-    found = summary.summarise(runs, config["forgetting"])
+    runs, others = summary.read_planned(config["output"], arena.runs)
+    found = summary.summarise(runs, config["forgetting"], others)
     results = {
         "options": asdict(options), "summary": found,
         "seconds": sum(r.get("seconds", 0.0) for r in runs), "seconds_now": time.perf_counter() - started,

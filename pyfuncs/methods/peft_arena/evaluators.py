@@ -39,7 +39,8 @@ class NotFinite(ValueError):
 
 
 class Suite:
-    """One evaluation; see the module.  ``questions`` are those of both splits, which training must not contain.
+    """One evaluation; see the module.  ``questions`` are a task's of both splits, which training must not contain, and
+    ``prompts`` what ``prompt_of`` gives for the rows of both.
 
     Making one reads its rows but needs no model.  ValueError, beginning with ``where``, for anything wrong.
     """
@@ -51,6 +52,7 @@ class Suite:
         arguments = {k: v for k, v in given.items() if k != "evaluator"}
         maker = _MAKERS.get(given["evaluator"])
         self.questions: set[str] = set()
+        self.prompts: set[str] = set()
         if maker is None:
             function = load_function(given["evaluator"], f"{where}: evaluator (or {', '.join(_MAKERS)})")
             self._score: Callable = lambda model, tokenizer, split: function(model, tokenizer, split=split, **arguments)
@@ -137,6 +139,11 @@ def _row(tokenizer, row: Mapping[str, Any]) -> Row:
         return encode(tokenizer, prompt, completion)
     written = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     return encode(tokenizer, written, completion[0]["content"], chat=True)
+
+
+def prompt_of(row: Mapping[str, Any]) -> str:
+    """What two rows that ask the same have alike."""
+    return repr(row.get("input_ids", row.get("prompt")))
 
 
 def _size(suite: Suite, size) -> int:
@@ -287,6 +294,7 @@ def _rows(suite: Suite, source: str, args, size: int, *forms: tuple[str, ...]) -
                 f"{suite.where}: {source} has {len(shared)} rows in both of {', '.join(SPLITS)}; the first is "
                 f"{str(shared[0])[:80]}"
             )
+        suite.prompts = {prompt_of(row) for split in SPLITS for row in drawn[split]}
         return lambda split: drawn[split]
 
     if Path(source).is_file():

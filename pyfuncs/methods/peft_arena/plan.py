@@ -33,6 +33,15 @@ class Run:
         """What JSON keeps of it."""
         return {**asdict(self), "arguments": dict(self.arguments)}
 
+    def differs(self, found: Mapping[str, Any]) -> str | None:
+        """The setting in which a JSON's run is another than this one; None where it is the same training."""
+        own = self.settings()
+        return next((n for n in ("technique", "arguments", "rate", "steps", "seed") if found.get(n) != own[n]), None)
+
+    def has_all(self, found: Mapping[str, Any]) -> bool:
+        """Whether a JSON's run of the same training has all that this one's must: a control is not rewound."""
+        return bool(self.control) or not found.get("control")
+
 
 def plan_runs(config: Config, model) -> list[Run]:
     """Every run, seed by seed, so that an arena that is cut short has whole seeds; ``model`` may be on the meta device.

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import html as escaping
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..run_directory import write_json, write_whole
 from .config import Config
-from .summary import Estimate, Summary, read_runs, summarise
+from .plan import Run
+from .summary import Estimate, Summary, read_planned, summarise
 
 #: A table: (title, note under it, header, rows of cells).
 Table = tuple[str, str, list[str], list[list[str]]]
 
 
-def write_report(output: Path, config: Config) -> str:
-    """Write report.md, report.html, report.json and frontier.png; returns the Markdown and where they are."""
+def write_report(output: Path, config: Config, plan: Iterable[Run]) -> str:
+    """Write report.md, report.html, report.json and frontier.png of the runs of ``plan`` that are there; returns the
+    Markdown and where they are."""
     from . import plot
 
-    summary = summarise(read_runs(output), config["forgetting"])
+    runs, others = read_planned(output, plan)
+    summary = summarise(runs, config["forgetting"], others)
     text = markdown(summary)
     write_json(output / "report.json", summary)
     write_whole(output / "report.md", text + "\n")
@@ -72,17 +75,23 @@ def tables(summary: Summary) -> Iterator[Table]:
         "trains less at the highest rate.",
         ["method", "lr", "control", "trainable", "target", "retention", "forgetting", "distance", "front"], rows,
     )  # fmt: skip
+    fewest = summary.get("fewest")  # which older results do not have
+    equal = f"hypervolume of {fewest} point{'s' if fewest != 1 else ''}"
+    fair = f"; {equal}: the mean over all choices of as many of a method's points" if fewest else ""
     limits = list(next(iter(summary["methods"].values()))["best_target"])
     yield (
         "Over learning rates",
-        f"Hypervolume above (target before, 0); retention where target is {summary['matched']:.3f}, which every "
-        "method's mean reaches (of the seeds that do); target at the rate chosen on held-out suites to forget at most "
-        "so much.",
-        ["method", "hypervolume", "retention at matched target", *(f"target, forgetting <= {x}" for x in limits)],
+        "Hypervolume above (target before, 0), which grows with the number of points, and so with a longer list of "
+        f"rates{fair}; retention where target is {summary['matched']:.3f}, which every method's mean reaches (of the "
+        "seeds that do); target at the rate chosen on held-out suites to forget at most so much.",
+        ["method", "points", "hypervolume", *([equal] if fewest else []), "retention at matched target",
+         *(f"target, forgetting <= {x}" for x in limits)],
         [
             [
                 label,
+                str(sum(r["label"] == label and not r["control"] for r in summary["rows"])),
                 _cell(m["hypervolume"]),
+                *([_cell(m["hypervolume_of_fewest"])] if fewest else []),
                 _cell(m["retention_at"], seeds=m.get("seeds", seeds)),
                 *(_cell(m["best_target"][x]) for x in limits),
             ]
@@ -122,6 +131,10 @@ def tables(summary: Summary) -> Iterator[Table]:
 def _opening(summary: Summary) -> str:
     seeds = len(summary["seeds"])
     lost = f" Diverged, and left out: {'; '.join(summary['diverged'])}." if summary["diverged"] else ""
+    others = summary.get("others", 0)  # which older results do not have
+    if others:
+        lie = "other run lies" if others == 1 else "other runs lie"
+        lost += f" {others} {lie} in the directory, not asked for by the file: left out."
     return (
         f"{summary['runs']} runs, {seeds} seed{'s' if seeds != 1 else ''}. "
         f"Suites: {', '.join(summary['suites'])}. Before: target {_cell(summary['base']['target'])}, "

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ...paths import Scored, hypervolume, pareto_front, retention_at
 from ..intervals import interval
 from .correlation import pearson, spearman
+from .plan import Run
 
 #: {"mean": of seeds, "half": half the width of its 95% interval or None, "n": seeds}.
 Estimate = dict[str, Any]
@@ -19,13 +21,34 @@ Summary = dict[str, Any]
 
 def read_runs(output: str | Path) -> list[dict[str, Any]]:
     """The runs of an arena's directory, by name.  ValueError where there is none, or one cannot be read."""
+    return list(_read(output).values())
+
+
+def read_planned(output: str | Path, plan: Iterable[Run]) -> tuple[list[dict[str, Any]], int]:
+    """(the runs of ``plan`` that are in an arena's directory, how many others are there).
+
+    What a run is, a control or one of the grid, is as the plan says it.  ValueError where none is there, or one cannot
+    be read.
+    """
+    named, out = {run.name: run for run in plan}, []
+    found = _read(output)
+    for name, one in found.items():
+        run = named.get(name)
+        if run is not None and run.differs(one["run"]) is None and run.has_all(one["run"]):
+            out.append({**one, "run": run.settings()})
+    if not out:
+        raise ValueError(f"{output}: has no finished run of those that the file asks for")
+    return out, len(found) - len(out)
+
+
+def _read(output: str | Path) -> dict[str, dict[str, Any]]:
     files = sorted((Path(output) / "runs").glob("*.json"))
     if not files:
         raise ValueError(f"{output}: has no finished run")
-    out = []
+    out = {}
     for file in files:
         try:
-            out.append(json.loads(file.read_text()))
+            out[file.stem] = json.loads(file.read_text())
         except ValueError:
             raise ValueError(f"{file}: is no run's JSON") from None
     return out
@@ -40,22 +63,27 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
     return {"mean": mean, "half": None if math.isnan(half) else half, "n": len(found)}
 
 
-def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0.02, 0.05, 0.1)) -> Summary:
+def summarise(
+    runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0.02, 0.05, 0.1), others: int = 0
+) -> Summary:
     """Everything that a report shows, as plain JSON.
 
     base: target and retention before training.
     rows: each method at each rate, and its controls, on the test suites.
     methods: of each method over its rates:
         hypervolume: over the seed's points, above (the base model's target, 0);
+        hypervolume_of_fewest: ``mean_hypervolume`` of ``fewest`` of them, where ``fewest`` is a number;
         best_target: for each limit of forgetting, the target on the tests at the rate that is best within it on the
             held-out suites; the base model's where none is;
         retention_at: retention at ``matched``, on the straight lines between the base model and the method's points, of
             the seeds that reach it; seeds: of how many.
+    fewest: the smallest number of points that any method has of any seed; None where all have as many.
     matched: the target that every method reaches: the least of their best.
     front: labels and rates of the points that nothing dominates, of the means over seeds.
     rewinding: each method and path at its highest rate: the final model, and the point chosen on held-out suites,
         tested; against each control, the retention of the path less the control's at the control's own target, on
         held-out suites, in which nothing is chosen.
+    others: runs that lie beside these and were left out.
     diverged: runs whose weights or outputs are no longer finite; they count nowhere else.
     correlations: of each metric with forgetting and with target over all runs: Pearson, Spearman, runs.
 
@@ -77,6 +105,8 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
         for label in methods
     }
     matched = min(best.values())
+    counts = {len(g) for group in methods.values() for g in _grouped(group, lambda r: r["run"]["seed"]).values()}
+    fewest = min(counts) if len(counts) > 1 else None
     trained = [r for r in rows if not r["control"]]
     # a seed of which every run diverged does not reach the target either
     trained_of = _grouped([*diverged, *(r["run"] for r in runs)], lambda r: r["label"])
@@ -87,14 +117,16 @@ def summarise(runs: Sequence[dict[str, Any]], limits: Sequence[float] = (0.01, 0
         "suites": sorted(runs[0]["base"]["test"]["suites"]),
         "rows": rows,
         "matched": matched,
+        "fewest": fewest,
         "methods": {
-            label: {**_method(group, matched, limits), "seeds": len({r["seed"] for r in trained_of[label]})}
+            label: {**_method(group, matched, limits, fewest), "seeds": len({r["seed"] for r in trained_of[label]})}
             for label, group in methods.items()
         },
         "front": [p.name for p in pareto_front(points)],
         "rewinding": _rewinding([r for r in runs if r["run"]["label"] in methods], tops),
         "correlations": _correlations(runs),
         "runs": len(runs),
+        "others": others,
         "diverged": [f"{r['label']} {r['rate']:g}, seed {r['seed']}" for r in diverged],
     }
 
@@ -143,14 +175,35 @@ def _scored(scores: dict, split: str, t: float = 0.0) -> Scored:
     return Scored(scores[split]["target"], scores[split]["retention"], t)
 
 
-def _method(group: list[dict], matched: float, limits: Sequence[float]) -> dict[str, Any]:
+def mean_hypervolume(points: Sequence[Scored], reference: tuple[float, float], count: int) -> float:
+    """The mean of ``hypervolume`` over all choices of ``count`` of the points.
+
+    ValueError where there are fewer points, or ``count`` is below 1.
+    """
+    if not 1 <= count <= len(points):
+        raise ValueError(f"count must be from 1 to the {len(points)} points; got {count}")
+    # cell by cell: the share of the choices in which a point reaches it
+    xs = sorted({max(p.target, reference[0]) for p in points} | {reference[0]})
+    ys = sorted({max(p.retention, reference[1]) for p in points} | {reference[1]})
+    every, area = math.comb(len(points), count), 0.0
+    for x, right in pairwise(xs):
+        for y, top in pairwise(ys):
+            short = sum(p.target < right or p.retention < top for p in points)
+            area += (right - x) * (top - y) * (1 - math.comb(short, count) / every)
+    return area
+
+
+def _method(group: list[dict], matched: float, limits: Sequence[float], fewest: int | None) -> dict[str, Any]:
     seeds = list(_grouped(group, lambda r: r["run"]["seed"]).values())
-    areas, kept = [], []
+    areas, equal, kept = [], [], []
     at: dict[float, list[float]] = {x: [] for x in limits}
     for runs in seeds:
         base = runs[0]["base"]
-        points = [_scored(base, "test"), *(_scored(r["final"], "test") for r in runs)]
-        areas.append(hypervolume(points, (base["test"]["target"], 0.0)))
+        trained = [_scored(r["final"], "test") for r in runs]
+        points, reference = [_scored(base, "test"), *trained], (base["test"]["target"], 0.0)
+        areas.append(hypervolume(points, reference))
+        if fewest is not None:
+            equal.append(mean_hypervolume(trained, reference, fewest))
         kept.append(retention_at(points, matched))
         for x in limits:
             floor = base["held_out"]["retention"] - x
@@ -158,7 +211,7 @@ def _method(group: list[dict], matched: float, limits: Sequence[float]) -> dict[
             best = max(fit, key=lambda f: f["held_out"]["target"], default=base)
             at[x].append(_test(best, "target"))
     return {
-        "hypervolume": estimate(areas), "retention_at": estimate(kept),
+        "hypervolume": estimate(areas), "hypervolume_of_fewest": estimate(equal), "retention_at": estimate(kept),
         "best_target": {f"{x:g}": estimate(v) for x, v in at.items()},
     }  # fmt: skip
 

@@ -20,6 +20,11 @@ def suite(task: str, size: int = 16, **more) -> dict[str, Any]:
     return {"evaluator": "exact", "by": "token", "rows": ROWS, "args": {"task": task}, "size": size, **more}
 
 
+def without_times(run: dict[str, Any]) -> dict[str, Any]:
+    """A run's JSON less what takes another time each time."""
+    return {**{k: v for k, v in run.items() if k not in ("seconds", "training")}, "loss": run["training"]["loss"]}
+
+
 def values(model: str, output: Path, **more) -> dict[str, Any]:
     return {
         "model": model, "output": str(output), "data": ROWS, "data_args": {"task": "prefix", "size": 64},

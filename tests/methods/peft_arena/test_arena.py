@@ -15,7 +15,7 @@ import yaml
 
 from burnish.cli import main
 from burnish.methods import load_model
-from burnish.methods.peft_arena import all_techniques, make_config
+from burnish.methods.peft_arena import all_techniques, make_config, read_planned
 from burnish.methods.peft_arena import arena as arena_module
 from burnish.methods.peft_arena.arena import Arena, snapshot
 
@@ -29,10 +29,6 @@ def write(folder, values):
     file = folder / "arena.yaml"
     file.write_text(yaml.safe_dump(values))
     return str(file)
-
-
-def without_times(run):
-    return {**{k: v for k, v in run.items() if k not in ("seconds", "training")}, "loss": run["training"]["loss"]}
 
 
 def test_every_technique_runs(model, tmp_path, capsys):
@@ -144,11 +140,11 @@ def test_killed_and_run_again(model, tmp_path):
         assert p.stat().st_mtime_ns == stamp
     for p in (tmp_path / "whole" / "runs").glob("*.json"):
         one, other = (json.loads((tmp_path / d / "runs" / p.name).read_text()) for d in ("whole", "cut"))
-        assert without_times(one) == without_times(other)
+        assert arenas.without_times(one) == arenas.without_times(other)
         assert bool(one["paths"]) == (not one["run"]["control"])  # a control is not rewound
 
 
-def test_two_processes_share_the_runs(model, tmp_path, monkeypatch):
+def test_two_processes_share_the_runs(model, tmp_path, monkeypatch, capsys):
     """Each has every other run, as RANK says, and the last one reports; within, nothing sees a process group."""
     values = arenas.values(model, tmp_path / "out", methods=[{"method": "lora", "r": r, "lr": 1e-2} for r in (1, 2, 3)],
                            metrics={"weights": False, "activations": False})  # fmt: skip
@@ -172,6 +168,34 @@ def test_two_processes_share_the_runs(model, tmp_path, monkeypatch):
         assert os.environ["RANK"] == str(rank) and os.environ["WORLD_SIZE"] == "2"
         assert (tmp_path / "out" / "report.html").exists() == (rank == 1)
     assert seen == {0: ["lora-r1", "lora-r3"], 1: ["lora-r2"]}
+    # where all is done one of them reports, too
+    capsys.readouterr()
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        arenas_of[rank].run()
+    assert capsys.readouterr().out.count("written: ") == 1
+
+
+def test_two_that_end_together_report_once(model, tmp_path, monkeypatch, capsys):
+    """The second process writes its run before the first, which has written its own, looks whether all are there."""
+    values = arenas.values(model, tmp_path / "out", methods=[{"method": "full", "lr": [1e-3, 1e-2]}],
+                           metrics={"weights": False, "activations": False})  # fmt: skip
+    first, second = (Arena(make_config(values)) for _ in range(2))
+    one = Arena.one
+
+    def both(self, run, progress=""):
+        one(self, run, progress)
+        if self is first:
+            with monkeypatch.context() as within:
+                within.setenv("WORLD_SIZE", "2")
+                within.setenv("RANK", "1")
+                second.run()
+
+    monkeypatch.setattr(Arena, "one", both)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    first.run()
+    assert capsys.readouterr().out.count("written: ") == 1
 
 
 def test_each_process_sees_one_gpu(monkeypatch):
@@ -231,6 +255,53 @@ def test_a_control_that_becomes_a_rate_of_the_grid_is_run_again(model, tmp_path)
     assert grown.done(run) and json.loads(grown.path(run).read_text())["paths"]
     # the other way round it has all that a control has
     assert arena.done(control)
+
+
+def test_the_report_has_the_runs_that_the_file_asks_for(model, tmp_path, capsys):
+    more = {"metrics": {"weights": False, "activations": False}}
+    lora, oft = {"method": "lora", "r": 2, "lr": 1e-2}, {"method": "oft", "block_size": 16}
+    values = arenas.values(model, tmp_path / "out", methods=[lora, {**oft, "lr": [5e-3, 1e-2]}], **more)
+    Arena(make_config(values)).run()
+    assert "left out" not in capsys.readouterr().out
+    # the lower rate is a control from now on, another lora would be trained
+    values |= {"methods": [{**oft, "lr": 1e-2}, {**lora, "r": 3, "label": "lora-r2"}], "controls": {"lr_scale": [0.5]}}
+    assert main(["peft-arena", "report", write(tmp_path, values)]) == 0
+    assert "2 runs, 1 seed." in (said := capsys.readouterr().out)
+    assert "1 other run lies in the directory, not asked for by the file: left out." in said.splitlines()[0]
+    summary = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(summary["methods"]) == ["oft-b16"] and summary["others"] == 1
+    assert [(r["rate"], r["control"]) for r in summary["rows"]] == [(1e-2, ""), (5e-3, "lr x 0.5")]
+    with pytest.raises(ValueError, match="has no finished run of those that the file asks for"):
+        read_planned(tmp_path / "out", [])
+
+
+def test_scores_before_training_are_of_the_models_files(tmp_path, monkeypatch):
+    model, rows = arenas.base(tmp_path / "model", 0), tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(r) + "\n" for r in arenas.toy.rows("copy", 32)))
+    values = arenas.values(model, tmp_path / "out")
+    values["retention"] = {"copy": {"evaluator": "exact", "by": "token", "rows": str(rows)}}
+    made = []
+    scores = Arena.scores
+    monkeypatch.setattr(Arena, "scores", lambda self, *args: made.append(args[-1]) or scores(self, *args))
+
+    def base(**more):
+        made.clear()
+        arena = Arena(make_config({**values, **more}))
+        arena.output.mkdir(exist_ok=True)
+        (arena.output / arena_module.RECORD).write_text(json.dumps(dict(arena.config.values)))
+        return arena._base_scores(0), len(made)
+
+    first, count = base()
+    assert count == 2 and base() == (first, 0)
+    arenas.base(tmp_path / "model", 1)
+    second, count = base()
+    assert count == 2 and second != first
+    net, tok = load_model(model)
+    goal, kept = scores(Arena(make_config(values)), net, tok, "test")
+    assert {**goal, **kept} == second["test"]["suites"]
+    rows.write_text("".join(json.dumps(r) + "\n" for r in arenas.toy.rows("sort", 32)))
+    assert base()[1] == 2 and base()[1] == 0
+    assert base(eval_batch_size=3)[1] == 2
 
 
 def test_metrics_may_change(model, tmp_path):
@@ -319,6 +390,32 @@ def test_training_data_loses_the_suites_problems(model, tmp_path):
     values["data_args"] = {"size": 5, "seed": 1_000_003, **task}  # the tests' own seed
     with pytest.raises(ValueError, match="every problem of it is in a suite"):
         Arena(make_config(values))
+
+
+def test_splits_of_one_file_have_no_row_in_common(model, tmp_path, monkeypatch):
+    import tiny_models as tiny
+
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i}+1=", "completion": "2"} for i in range(12)]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    parts = {"train": slice(6), "held_out": slice(6, 9), "test": slice(9, 12), "leak": slice(4, 11)}
+
+    def part(path, split, size=None):
+        return [json.loads(line) for line in open(path)][parts[split]]
+
+    monkeypatch.setattr(tiny, "part", part, raising=False)
+    values = arenas.values(model, tmp_path / "out")
+    values |= {
+        "data": "tiny_models:part", "data_args": {"path": str(file), "split": "train"},
+        "target": {"it": {"evaluator": "exact", "rows": "tiny_models:part", "args": {"path": str(file)}}},
+    }  # fmt: skip
+    Arena(make_config(values))
+    message = rf"^data and target: it read one file, {file.resolve()}, and {{}} rows of the data are in the suite; "
+    values["data_args"] = {"path": str(file), "split": "leak"}
+    with pytest.raises(ValueError, match=message.format(5)):
+        Arena(make_config(values))
+    with pytest.raises(ValueError, match=message.format(6)):  # which trains on all rows
+        Arena(make_config({**values, "data": str(file), "data_args": {}}))
 
 
 def test_bad_data(model, tmp_path, monkeypatch):

@@ -55,6 +55,24 @@ def test_errors(tmp_path, more, message):
         config(tmp_path, **more)
 
 
+@pytest.mark.parametrize("axis, given", [
+    ("target", {"evaluator": "exact", "rows": "link.jsonl"}),
+    ("retention", {"evaluator": "choice", "rows": "sub/../rows.jsonl"}),
+    ("retention", {"evaluator": "nll", "text": "rows.jsonl"}),
+])  # fmt: skip
+def test_a_suite_reads_no_file_that_is_trained_on(tmp_path, monkeypatch, axis, given):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("rows.jsonl", "other.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "1", "completion": "2"}\n')
+    (tmp_path / "link.jsonl").symlink_to("rows.jsonl")
+    key = "text" if given["evaluator"] == "nll" else "rows"
+    message = f"^data and {axis}: it: {key} are one file, {tmp_path.resolve() / 'rows.jsonl'}: "
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, data="rows.jsonl", data_args={}, **{axis: {"it": given}})
+    config(tmp_path, data="other.jsonl", data_args={}, **{axis: {"it": given}})
+
+
 def test_runs_seed_by_seed_with_controls_at_the_highest_rate(tmp_path):
     c = config(
         tmp_path, seeds=[3, 5], budget=5000, lr=[1e-3, 2e-3, 1e-2], controls={"steps": [2], "lr_scale": [0.2, 0.5]},

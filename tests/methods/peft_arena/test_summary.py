@@ -1,5 +1,6 @@
 """Summaries of runs written by hand, against numbers worked out by hand; correlations against numpy."""
 
+import itertools
 import math
 import random
 
@@ -8,7 +9,8 @@ import pytest
 
 from burnish.methods.peft_arena import html, markdown, summarise
 from burnish.methods.peft_arena.correlation import pearson, ranks, spearman
-from burnish.methods.peft_arena.summary import estimate
+from burnish.methods.peft_arena.summary import estimate, mean_hypervolume
+from burnish.paths import Scored, hypervolume
 
 
 def both(target, retention, test=None):
@@ -71,6 +73,34 @@ def test_methods_over_rates():
     assert m["a"]["hypervolume"]["n"] == 2
     nothing = summarise(arena(), [0.01])["methods"]["a"]["best_target"]["0.01"]
     assert nothing["mean"] == pytest.approx(0.2)  # no rate forgets so little: the base model
+
+
+def test_hypervolume_of_equal_numbers_of_points():
+    s = summarise(arena(), [0.1])
+    a, b = (s["methods"][x] for x in "ab")
+    # a has two rates, b one: the mean of a's two areas, per seed; of b's one it is the area
+    want = [((0.4 - 0.2) * 0.8 + (0.6 - 0.2) * 0.6) / 2, ((0.5 - 0.2) * 0.8 + (0.7 - 0.2) * 0.6) / 2]
+    assert s["fewest"] == 1 and a["hypervolume_of_fewest"]["mean"] == pytest.approx(sum(want) / 2)
+    assert b["hypervolume_of_fewest"]["mean"] == pytest.approx(b["hypervolume"]["mean"])
+    lines = markdown(s).split("### Over learning rates")[1].splitlines()
+    assert "which grows with the number of points" in lines[2] and "hypervolume of 1 point: the mean over" in lines[2]
+    cells = [[c.strip() for c in line.split("|")[1:5]] for line in lines[4:8] if "---" not in line]
+    assert cells[0] == ["method", "points", "hypervolume", "hypervolume of 1 point"]
+    assert [c[:2] for c in cells[1:]] == [["a", "2"], ["b", "1"]] and cells[1][3].startswith("0.235 ")
+    alike = summarise([r for r in arena() if r["run"]["label"] == "a"])
+    assert alike["fewest"] is None and "| method | points | hypervolume   | retention at" in markdown(alike)
+
+
+def test_mean_hypervolume_is_that_of_all_choices():
+    rng = random.Random(0)
+    for n in (1, 3, 6):
+        # ties, and points below the reference
+        points = [Scored(rng.choice([0.1, 0.3, rng.random()]), rng.choice([0.0, 0.5, rng.random()])) for _ in range(n)]
+        for k in range(1, n + 1):
+            areas = [hypervolume(c, (0.2, 0.1)) for c in itertools.combinations(points, k)]
+            assert mean_hypervolume(points, (0.2, 0.1), k) == pytest.approx(sum(areas) / len(areas), abs=1e-12)
+    with pytest.raises(ValueError, match="count must be from 1 to the 6 points; got 7"):
+        mean_hypervolume(points, (0.0, 0.0), 7)
 
 
 def test_a_rate_is_chosen_on_held_out_suites():
