@@ -6,6 +6,7 @@ tests hold against HF PEFT's own modules and against PEFT-Arena's printed counts
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def apply(model: nn.Module, name: str, steps: int, **arguments) -> nn.Module:
 
     try:
         config = row.config(steps, full)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _no_cuda_build():
             # what it says of weights that an initialisation changes: the arena reads the model merged
             warnings.simplefilter("ignore")
             made = peft.get_peft_model(model, config)  # type: ignore[arg-type]
@@ -170,6 +171,24 @@ def apply(model: nn.Module, name: str, steps: int, **arguments) -> nn.Module:
     if name == "milora":
         minor_components(made)
     return made
+
+
+@contextlib.contextmanager
+def _no_cuda_build() -> Iterator[None]:
+    """HF PEFT compiles CUDA code for BOFT on every machine, and says so where that fails.
+
+    Without CUDA nothing comes of it, and a process that is killed meanwhile leaves a lock on which all later ones
+    wait for ever.
+    """
+    import peft.tuners.boft.layer as boft
+
+    build = boft.get_fbd_cuda
+    if not torch.cuda.is_available():
+        boft.get_fbd_cuda = lambda: None
+    try:
+        yield
+    finally:
+        boft.get_fbd_cuda = build
 
 
 @torch.no_grad()

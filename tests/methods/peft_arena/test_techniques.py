@@ -182,3 +182,15 @@ def test_errors_name_the_argument(name, arguments, message):
         match_budget(TINY, "lora", 100, r=4)
     with pytest.raises(ValueError, match=r"HF PEFT .* refuses"):
         apply(tiny(), "boft", 5, block_size=7)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there HF PEFT's own kernel is of use")
+def test_boft_compiles_nothing_without_cuda(monkeypatch):
+    """A process that is killed while HF PEFT compiles leaves a lock on which every later one would wait for ever."""
+    import torch.utils.cpp_extension as extension
+    from peft.tuners.boft import layer
+
+    built, own = [], layer.get_fbd_cuda
+    monkeypatch.setattr(extension, "load", lambda **_: built.append(1))
+    apply(tiny(), "boft", 20)
+    assert not built and layer.get_fbd_cuda is own
