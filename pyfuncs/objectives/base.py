@@ -58,7 +58,9 @@ class RowStats:
     """
 
     def __init__(self, valid=None, sequence=None, weight=None, normalizer=None, **stats: torch.Tensor):
-        self.__dict__.update(stats, valid=valid, sequence=sequence, weight=weight, _normalizer=normalizer)
+        self.valid, self.sequence, self.weight, self._normalizer = valid, sequence, weight, normalizer
+        for name, value in stats.items():  # torch 2.11 does not trace an update of __dict__
+            setattr(self, name, value)
 
     @property
     def entropy(self) -> torch.Tensor:

@@ -29,5 +29,6 @@ def test_checkpoint_section(tmp_path, monkeypatch):
         out = Checkpoint(tmp_path / kind)
         changed = {n for n in after if not torch.equal(out.tensor(n), after.tensor(n))}
         assert changed == {"copy": set(), "qk-restore": names, "path t=0.5": set(after)}[kind]
-        assert row["seconds"] > 0 and row["peak_rss"] >= 0
+        # a process that gives heap back to the system ends below where it began
+        assert row["seconds"] > 0 and -(4 << 20) < row["peak_rss"] < 256 << 20
     assert all(torch.equal(Checkpoint(tmp_path / "qk-restore").tensor(n), before.tensor(n)) for n in names)
