@@ -89,8 +89,8 @@ void by_panels(const Operands& o, bool by_rows) {
             for (int64_t p = g; p < last; p++) {
               const Word* panel = own.get() + (p - g) * size + s * 2 * TILE;
               const int64_t i = (by_rows ? p : q) * PANEL, j = (by_rows ? q : p) * PANEL;
-              multiply<true>({by_rows ? panel : other}, by_rows ? other : panel, count, o.c + i * o.ldc + j, o.ldc, o.m - i,
-                       o.n - j, add || s > 0);
+              multiply<true>({by_rows ? panel : other}, by_rows ? other : panel, count, o.c + i * o.ldc + j, o.ldc,
+                             o.m - i, o.n - j, add || s > 0);
             }
           }
         }
@@ -127,8 +127,8 @@ void by_depth(const Operands& o) {
           for (int64_t r = 0; r < count; r += PANEL) {
             pack_a(o, first + r, from, to, a.get());
             for (int64_t j = 0; j < o.n; j += PANEL)
-              multiply<true>({a.get()}, b.get() + j / PANEL * steps * 2 * TILE, steps, c + r * width + j, width, PANEL, PANEL,
-                       i > low);
+              multiply<true>({a.get()}, b.get() + j / PANEL * steps * 2 * TILE, steps, c + r * width + j, width, PANEL,
+                             PANEL, i > low);
           }
         }
       }

@@ -18,7 +18,6 @@ Plain C interface, called through ctypes. */
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "rows.h"
 #include "tiles.h"
@@ -55,14 +54,11 @@ constexpr int64_t WIDTH = SLAB + 16;   // of a row of z: rows a power of two apa
 constexpr int64_t DZ_WIDTH = SLAB + 32;
 constexpr int64_t DW_PANELS = 4;       // of 32 rows of dW, that a thread takes together
 
-inline int64_t parts_of(int64_t n, int64_t size) {
-  return (n + size - 1) / size;
-}
-
 struct Work {
   int64_t threads, rows, deep, t_deep;  // panels of tokens, of a hidden state, and of a teacher's
-  Word *weight[2], *t_weight[2], *dz, *columns;  // W packed: two parts, or one in two forms; dz (N, DZ_WIDTH); its columns
-  float *z, *t, *dw;                             // a thread's block of logits, of the teacher's, and of dW
+  Word *weight[2], *t_weight[2];  // rows of a head packed: two parts of it, or one part in two forms
+  Word *dz, *columns;             // dz (N, DZ_WIDTH), and what a thread packs of its columns
+  float *z, *t, *dw;              // a thread's block of logits, of the teacher's, and of dW
   int64_t bytes = 0;
 
   Work(char* base, int64_t n, int64_t hidden, int64_t t_hidden, int64_t threads)
@@ -98,7 +94,7 @@ void product(F a, const Word* b, int64_t steps, float* c, int64_t ldc, int64_t r
     for (int64_t i = 0; i < rows; i += PANEL)
       for (int64_t j = 0; j < columns; j += PANEL)
         multiply<false>(a(i).from(s), b + (j / PANEL * steps + s) * 2 * TILE, count, c + i * ldc + j, ldc, rows - i,
-                 columns - j, add || s > 0);
+                        columns - j, add || s > 0);
   }
 }
 
@@ -201,9 +197,10 @@ struct Walk {
         for (int64_t s = 0; s < steps; s += most)
           for (int64_t j = 0; j < h.hidden; j += PANEL)
             for (int64_t p = from; p < to; p++)
-              multiply<false>(Lines{own + ((p - from) * steps + s) * 2 * TILE}, pairs + (j / PANEL * steps + s) * 2 * TILE,
-                       std::min(most, steps - s), c + (p - from) * PANEL * ldc + j, ldc, v - p * PANEL, h.hidden - j,
-                       (h.dw && h.dw_add) || s > 0);
+              multiply<false>(Lines{own + ((p - from) * steps + s) * 2 * TILE},
+                              pairs + (j / PANEL * steps + s) * 2 * TILE, std::min(most, steps - s),
+                              c + (p - from) * PANEL * ldc + j, ldc, v - p * PANEL, h.hidden - j,
+                              (h.dw && h.dw_add) || s > 0);
         if (h.out)
           for (int64_t i = low; i < high; i++)
             write_scaled(c + (i - low) * ldc, h.factor, h.out, (first + i) * h.out_stride, h.out_type, h.hidden);
@@ -263,7 +260,8 @@ EXPORT int64_t burnish_packed_numbers(int64_t lines, int64_t depth) {
 }
 
 // `x`: element (line, k) at x + line ld + k, or at x + k ld + line where `columns`; packed as rows of A, or columns of B.
-EXPORT void burnish_pack(const void* x, int64_t ld, int32_t columns, int32_t pairs, int64_t lines, int64_t depth, void* out) {
+EXPORT void burnish_pack(const void* x, int64_t ld, int32_t columns, int32_t pairs, int64_t lines, int64_t depth,
+                         void* out) {
 #if defined(HAS_AMX)
   const int64_t size = padded(depth, STEP) * PANEL;
   at::parallel_for(0, panels(lines), 1, [&](int64_t begin, int64_t end) {

@@ -175,10 +175,9 @@ def _stays_in_cache(hidden, weight, bias, objective, teacher, metrics, backend: 
         return False  # a graph is traced without looking at the machine
     if bias is not None and bias.requires_grad:
         return False
-    if teacher is not None and teacher.logits is None:
-        heads = [x for x in (teacher.hidden, teacher.weight) if x is not None]
-        if len(heads) < 2 or any(x.dtype != torch.bfloat16 for x in heads):
-            return False
+    head = teacher is not None and teacher.logits is None  # or a list, which has no weight
+    if head and (teacher.weight is None or not teacher.weight.dtype == teacher.hidden.dtype == kind):
+        return False
     stats = {*getattr(objective, "stats", ()), *(s for n in metrics for s in METRICS.get(n, ()))}
     if stats & {"ids", "top_entropy", "jsd"}:
         return False

@@ -396,6 +396,7 @@ def _gradients(
     ]
     # a tensor's rows are written by the fused kernel itself; those of several tiles are summed slab by slab
     direct = fused and all(p is None or (isinstance(p, TensorSink) and p.on_cpu()) for p in sinks)
+    scale = float(norm) if direct and norm is not None else 1.0
     for slab in walk.slabs(whole=direct and len(parts) == 1):
         place = sinks[slab.block]
         # a sink of the caller's counts rows over all blocks; a gradient of ours over its own
@@ -412,8 +413,8 @@ def _gradients(
             if fused:
                 walk.tile(part).grad(
                     *walk.heads(part, slab), None if dx is None else dx[part], into, coefs[i], walk.target[part], spec,
-                    add=i > 0, out=final if part is parts[-1] else None, factor=1.0 if norm is None else float(norm),
-                    start=slab.start, **walk.temperatures(part),
+                    add=i > 0, out=final if part is parts[-1] else None, factor=scale, start=slab.start,
+                    **walk.temperatures(part),
                 )  # fmt: skip
                 continue
             x, u, z, t = walk.logits(part, slab)

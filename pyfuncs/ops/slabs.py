@@ -159,13 +159,17 @@ class Walk:
         teacher = None
         if self.o.teacher == "hidden":
             bias = self.teacher[2][local].to(dtype) if len(self.teacher) > 2 else None
-            teacher = (self.teacher[1][local].to(self.teacher_operand), bias)
+            teacher = (self._rows(self.teacher[1][local], self.teacher_operand), bias)
         return Slab(
-            i, rows, local, self.o.start + local.start, head.blocks[i][rows].to(self.operand),
+            i, rows, local, self.o.start + local.start, self._rows(head.blocks[i][rows], self.operand),
             None if head.factor is None else head.factor[local].to(self.operand),
             None if head.column is None else head.column[local].to(dtype),
             None if head.bias is None else head.bias[local].to(dtype), teacher,
         )  # fmt: skip
+
+    def _rows(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        weight = weight.to(dtype)
+        return weight.contiguous() if self.fused else weight  # that kernel reads rows as they lie
 
     def parts(self) -> list[slice]:
         n, step = self.hidden.shape[0], self.geometry.rows
@@ -222,9 +226,7 @@ class Walk:
     def heads(self, part: slice, slab: Slab):
         """(weight, bias) of a slab, and the teacher's or a tile of its logits, as the fused kernel takes them."""
         teacher = self._given_logits(part, slab) if self.o.teacher == "logits" else slab.teacher
-        if isinstance(teacher, tuple):
-            teacher = (teacher[0].contiguous(), teacher[1])
-        return (slab.weight.contiguous(), slab.bias), teacher
+        return (slab.weight, slab.bias), teacher
 
     def _given_logits(self, part: slice, slab: Slab) -> Tensor:
         t = self.teacher[0][part, slab.local]

@@ -35,7 +35,7 @@ def atomic_directory(out: str | os.PathLike, need: int = 0) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}."
     for stale in parent.glob(f"{glob.escape(prefix)}*{_SUFFIX}"):
-        handle = _lock(stale)
+        handle = lock(stale)
         if handle is not None:
             shutil.rmtree(stale, ignore_errors=True)
             os.close(handle)
@@ -43,7 +43,7 @@ def atomic_directory(out: str | os.PathLike, need: int = 0) -> Iterator[Path]:
     if need > free:
         raise OSError(f"{out}: {need / 1e9:.2f} GB are needed, the disk has {free / 1e9:.2f} GB")
     folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=parent))
-    held = _lock(folder)
+    held = lock(folder)
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())  # mkdtemp's is for the owner alone
@@ -59,8 +59,11 @@ def atomic_directory(out: str | os.PathLike, need: int = 0) -> Iterator[Path]:
             os.close(held)
 
 
-def _lock(folder: Path) -> int | None:
-    """A handle that keeps others from taking the folder for abandoned, or None where another process holds it."""
+def lock(folder: Path, *, wait: bool = False) -> int | None:
+    """A handle that keeps others from the folder until it is closed or its process ends.
+
+    None where another process holds it and this one is not to ``wait``, or where there is no such folder.
+    """
     import fcntl  # not on Windows, where burnish must still import
 
     try:
@@ -68,7 +71,7 @@ def _lock(folder: Path) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(handle)
         return None

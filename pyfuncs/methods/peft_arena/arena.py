@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ...paths import Adapter, StateDict, split_model
+from ...paths.output import lock
 from ..chunkft_plan import empty_model
 from ..data import TASK_PREFIX, TaskData, load_data, read_jsonl
 from ..frozen import evaluating
@@ -298,14 +299,12 @@ class Arena:
     def _one_at_a_time(self) -> Iterator[None]:
         """Within, no other process of the arena is: two that write one file would take each other's temporary file, and
         two that end together would both be the last."""
-        import fcntl  # not on Windows, where burnish must still import
-
-        handle = os.open(self.output, os.O_RDONLY)
+        handle = lock(self.output, wait=True)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(handle)
+            if handle is not None:
+                os.close(handle)
 
     def _keep(self, run: Run, model, adapter, work, post) -> None:
         folder = self.output / "models" / run.name
