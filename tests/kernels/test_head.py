@@ -148,7 +148,8 @@ def test_bits_do_not_depend_on_other_rows_or_on_the_number_of_threads():
 
 @pytest.mark.parametrize("n", [0, 5, 1500])  # none, one and two tiles of rows
 @pytest.mark.parametrize("frozen", ["", "hidden", "weight"])
-def test_a_loss_of_any_number_of_tiles_is_the_twin_s(n, frozen):
+@pytest.mark.parametrize("reduction", ["sum", "mean"])  # dz is brought to size 1 first, and dW back at the end
+def test_a_loss_of_any_number_of_tiles_is_the_twin_s(n, frozen, reduction):
     x, w, y, _ = operands(n, 40, 2500)
     y[::7] = -100
     found = {}
@@ -156,11 +157,27 @@ def test_a_loss_of_any_number_of_tiles_is_the_twin_s(n, frozen):
         leaves = {"hidden": x.clone().to(kind), "weight": w.clone().to(kind)}
         for name, v in leaves.items():
             v.requires_grad_(name != frozen)
-        loss = linear_loss(*leaves.values(), y, objectives.nll(), reduction="sum", backend=backend)
+        loss = linear_loss(*leaves.values(), y, objectives.nll(), reduction=reduction, backend=backend)
         loss.backward()
         found[kind] = [loss.detach()] + [v.grad for k, v in leaves.items() if k != frozen]
     for got, want in zip(found[torch.bfloat16], found[torch.float64], strict=True):
         assert (got.double() - want).norm() <= 2**-8 * want.norm()
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_heads_of_any_strides(teacher):
+    """A head is read as it lies where its rows are contiguous, and copied slab by slab where they are not."""
+    x, w, y, g = operands(90, 40, 2500)
+    views = [w, w.t().contiguous().t(), torch.cat([w, w], 1)[:, :40], w.repeat_interleave(2, 1)[:, ::2]]
+    states, found = torch.randn(90, 40, generator=g).bfloat16(), []
+    for v in views:
+        v = v.detach().requires_grad_()
+        hidden = x.clone().requires_grad_()
+        more = {"teacher": Teacher(hidden=states, weight=v.detach()), "objective": objectives.kd()} if teacher else {}
+        loss = linear_loss(hidden, v, y, **({"objective": objectives.nll(), "plan": "vocab"} | more))
+        found.append((loss.detach(), *torch.autograd.grad(loss, (hidden, v))))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
 
 
 def count_products(monkeypatch):
@@ -247,6 +264,23 @@ def test_a_workspace_that_is_too_small_is_not_used():
         head_host.Tile(x, work).fold((w, None), None, state, y, spec)
         found.append(state.nan_to_num())
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("shape", [(33, 31, 513), (129, 70, 1100)], ids=str)
+def test_what_the_workspace_holds_is_of_no_matter(shape):
+    """NaN in it, where a ragged slab or tile leaves entries unwritten, reaches no result."""
+    n, h, v = shape
+    x, w, y, _ = operands(*shape)
+    spec, found = spec_of(()), []
+    for byte in (0, 255):
+        tile = head_host.Tile(x, head_host.workspace(n, h).fill_(byte))
+        state = new_state(n, torch.float32, x.device)
+        tile.fold((w, None), None, state, y, spec)
+        coef = coefficients(finalize(state, spec), {"logp": torch.ones(n)}, spec)
+        dx, dw = torch.zeros(n, h), torch.empty(v, h)
+        tile.grad((w, None), None, dx, dw, coef, y, spec)
+        found.append((state.nan_to_num(), dx, dw))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and found[1][1].isfinite().all()
 
 
 def test_empty_slabs_and_tiles():
