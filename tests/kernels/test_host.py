@@ -12,8 +12,8 @@ import pytest
 import torch
 from rowcheck import FOLDED, fold, grad, problem, spec_of
 
-from burnish.kernels import dispatch, host_build, rows_host
-from burnish.kernels.contract import COEF, COEF_INDEX, new_state
+from burnish.kernels import dispatch, host_build, rows_host, rows_torch
+from burnish.kernels.contract import COEF, COEF_INDEX, STATE_INDEX, finalize, new_state
 
 ALL = (*FOLDED, "ids")
 CPU = torch.device("cpu")
@@ -280,3 +280,19 @@ def test_compiles_for_each_instruction_set(capability, source, tmp_path):
     # at::vec is headers alone: what it leaves to the linker no library has
     symbols = subprocess.run(["nm", "-uC", str(tmp_path / "object.o")], capture_output=True, text=True, check=True)
     assert "at::vec" not in symbols.stdout
+
+
+@pytest.mark.parametrize("columns", [16, 40, 48, 100, 1100])
+def test_a_nan_is_the_maximum_wherever_it_stands(columns):
+    """As in the twin, with every instruction set: no label is hit, and no maximum hides it."""
+    spec = spec_of("hit")
+    z = torch.randn(columns, columns)
+    z.fill_diagonal_(torch.nan)  # row i has it at column i
+    y, found = torch.arange(columns).roll(1), []
+    for kernels in (rows_host, rows_torch):
+        state = new_state(columns, torch.float32, z.device)
+        kernels.fold(z, None, state, y, spec)
+        found.append(state)
+    for state in found:
+        assert state[STATE_INDEX["z_max"]].isnan().all()
+        assert (finalize(state, spec)["hit"] == 0).all() and finalize(state, spec)["lse"].isnan().all()
